@@ -1,0 +1,179 @@
+"""The one door for durable writes: aside, flushed to disk, renamed. A manifest with digests comes last; without it there is no result."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from optkit.core.errors import ArtefactError, ResourceError
+
+MANIFEST = "manifest.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it is either whole or not there."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it is either whole or not there.
+
+    Raises:
+        ResourceError: the disk is full, read-only or not writable for this user.
+    """
+    with refusals(path):
+        aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
+        try:
+            with aside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON with sorted layout; NaN is refused, because it is no JSON."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ArtefactError: it is missing or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtefactError(f"{path} is missing") from None
+    except (ValueError, OSError) as error:
+        raise ArtefactError(f"{path} cannot be read: {error}") from None
+
+
+@contextmanager
+def build_folder(path: Path, manifest: str = MANIFEST) -> Iterator[Path]:
+    """Yield a folder aside, to be filled; on success seal it with a manifest and rename it to ``path`` in one step.
+
+    Raises:
+        ArtefactError: ``path`` exists and is not an empty folder.
+        ResourceError: the disk is full, read-only or not writable for this user.
+    """
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ArtefactError(f"{path} exists already and is not overwritten; choose another folder")
+    with refusals(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(mode=0o700)
+        try:
+            yield aside
+            seal(aside, manifest)
+            aside.rename(path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        _sync_folder(path.parent)
+
+
+def new_folder(parent: Path) -> Path:
+    """Make and return a folder under ``parent`` that nobody else has: the next free four-digit number."""
+    with refusals(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((int(entry.name) for entry in parent.iterdir() if entry.name.isdecimal()), default=0)
+        while True:
+            try:
+                (parent / f"{number:04d}").mkdir()
+                return parent / f"{number:04d}"
+            except FileExistsError:
+                number += 1
+
+
+def seal(folder: Path, manifest: str = MANIFEST) -> None:
+    """Flush every file of the folder to disk and write their digests last, into the manifest.
+
+    A JSON object that stands in the manifest's place already is kept; the digests are added under ``files``.
+    """
+    note = read_json(folder / manifest) if (folder / manifest).exists() else {"schema": 1}
+    files = {}
+    for path in sorted(_files(folder, manifest)):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.relative_to(folder).as_posix()] = {"sha256": digest(path), "size": path.stat().st_size}
+    write_json(folder / manifest, {**note, "files": files})
+
+
+def verify(folder: Path, manifest: str = MANIFEST) -> dict[str, Any]:
+    """Compare every file with the manifest and return the manifest.
+
+    Raises:
+        ArtefactError: the manifest is missing, or a file is missing or changed; all of them are named.
+    """
+    if not (folder / manifest).is_file():
+        raise ArtefactError(f"{folder} has no {manifest}: it is not a finished result")
+    content = read_json(folder / manifest)
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise ArtefactError(f"{folder / manifest} lists no files: it is not a manifest")
+    wrong = []
+    for name, entry in content["files"].items():
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{name}: missing")
+        elif path.stat().st_size != entry["size"] or digest(path) != entry["sha256"]:
+            wrong.append(f"{name}: changed")
+    if wrong:
+        raise ArtefactError(f"{folder} is not what was written:\n  " + "\n  ".join(wrong))
+    return content
+
+
+def is_sealed(folder: Path, manifest: str = MANIFEST) -> bool:
+    """Say whether the folder has a manifest, without reading the files."""
+    return (folder / manifest).is_file()
+
+
+def digest(path: Path) -> str:
+    """Return the sha256 of a file, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def refusals(place: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into one clear error that names the place."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full",
+            errno.EFBIG: "the file would be larger than allowed",
+            errno.EDQUOT: "the disk quota is used up",
+            errno.EROFS: "the file system is read-only",
+            errno.EACCES: "permission denied",
+            errno.EPERM: "permission denied",
+            errno.EMFILE: "too many open files",
+        }
+        if error.errno not in reasons:
+            raise
+        raise ResourceError(f"cannot write {place}: {reasons[error.errno]}; free space or choose another folder with --out") from None
+
+
+def _files(folder: Path, manifest: str) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        if path.is_file() and path != folder / manifest:
+            yield path
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,56 @@
+"""A model with all that is needed to run, judge and save it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+Execution = Literal["real", "simulated"]
+Kind = Literal["causal-lm", "module"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One transform that a subject has been through, as it is written into artefacts and reports."""
+
+    name: str
+    settings: Mapping[str, Any]
+    execution: Execution
+    opens_in: Literal["transformers", "optkit"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model on its way through a recipe. Transforms return a new one with a longer history.
+
+    ``kind`` says which engine fits: a causal language model generates, a plain module only runs forward. ``trained`` is False
+    for random weights: quality is then withheld. ``replicas`` is the number of processes that serve it together.
+    """
+
+    module: nn.Module
+    source: str
+    kind: Kind = "causal-lm"
+    tokenizer: Any = None
+    trained: bool = True
+    replicas: int = 1
+    history: tuple[Step, ...] = ()
+
+    @property
+    def execution(self) -> Execution:
+        """``simulated`` where any step only imitates its speed, else ``real``."""
+        return "simulated" if any(step.execution == "simulated" for step in self.history) else "real"
+
+    @property
+    def opens_in(self) -> Literal["transformers", "optkit"]:
+        """Which loader the saved artefact needs."""
+        return "optkit" if any(step.opens_in == "optkit" for step in self.history) else "transformers"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Data that a transform may look at; never part of the evaluation. ``batches`` are the model's keyword arguments."""
+
+    batches: tuple[Mapping[str, Tensor], ...] = field(default=())

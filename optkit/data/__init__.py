@@ -1,0 +1,1 @@
+"""Texts for training, calibration and evaluation, from this machine or the Hub."""

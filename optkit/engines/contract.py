@@ -1,0 +1,28 @@
+"""The contract of an engine: how a subject executes. Generating subjects have ``prefill`` and ``step``, the others ``forward``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Engine(Protocol):
+    """Executes a generating subject. Shapes: batch of b sequences, p prompt tokens, v token ids."""
+
+    def prefill(self, input_ids: Tensor) -> Tensor:
+        """Take (b, p) input ids, fill the cache and return the (b, v) logits of the last position."""
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Take (b,) token ids, one for each sequence, and return their (b, v) logits."""
+
+    def reset(self) -> None:
+        """Forget the cache."""
+
+
+class ForwardEngine(Protocol):
+    """Executes a subject that does not generate."""
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Any:
+        """Return the subject's output for one batch of inputs."""

@@ -1,0 +1,53 @@
+"""Runs the model's own forward, operator by operator. Nothing is compiled: what Python costs each token is part of the time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class EagerEngine:
+    """Generates with the key-value cache that transformers makes for the model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module.eval()
+        self._cache: Any = None
+        # Only the last position's logits are wanted; a model that cannot leave the others out computes them all.
+        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor) -> Tensor:
+        """Take (b, p) input ids, fill the cache and return the (b, v) logits of the last position."""
+        self.reset()
+        return self._run(input_ids)
+
+    @torch.inference_mode()
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Take (b,) token ids, one for each sequence, and return their (b, v) logits."""
+        return self._run(token_ids[:, None])
+
+    def reset(self) -> None:
+        """Forget the cache."""
+        self._cache = None
+
+    def _run(self, ids: Tensor) -> Tensor:
+        output = self.module(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._keep)
+        self._cache = output.past_key_values
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+class EagerForward:
+    """Calls the module with one batch."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module.eval()
+
+    @torch.inference_mode()
+    def forward(self, batch: Mapping[str, Tensor]) -> Any:
+        """Return the module's output for one batch of keyword inputs."""
+        return self.module(**batch)

@@ -1,0 +1,1 @@
+"""The trial: processes, turns, statistics, verdicts."""

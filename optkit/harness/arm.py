@@ -1,0 +1,180 @@
+"""What a worker can be asked to do: one method a command, prefixed ``do_``. Arguments and results are plain JSON."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from optkit.core import files
+from optkit.core.group import Group
+from optkit.core.subject import Calibration, Subject
+from optkit.engines import engine_for
+from optkit.harness.workloads import build_workload, task_for
+from optkit.measure.contract import Opened, Session
+from optkit.measure.memory import forget_peak, peak_bytes, resident_bytes
+from optkit.measure.traffic import read_bandwidth, weight_bytes_per_token
+from optkit.models import artefact
+from optkit.models.sources import open_model
+from optkit.recipe.reading import recipe_from_dict
+from optkit.transforms import Dtype
+
+Tell = Callable[[str], None]
+
+
+class Arm:
+    """One process, perhaps one of several ranks, and what it has opened."""
+
+    def __init__(self, rank: int, ranks: int, meeting: str, threads: int, tell: Tell) -> None:
+        torch.set_num_threads(threads)
+        self._tell = tell
+        self._group = _join(rank, ranks, meeting)
+        self._opened: Opened | None = None
+        self._sessions: dict[int, Session] = {}
+        self._runtime_bytes = 0
+
+    def do_baseline(
+        self, recipe: dict[str, Any], folder: str, dtype: str | None, trust_remote_code: bool, workload: str | None
+    ) -> dict[str, Any]:
+        """Open the recipe's model, cast it where asked, and save it as an artefact."""
+        wanted = recipe_from_dict(recipe)
+        self._tell("opening the model")
+        if workload is None:
+            subject = open_model(wanted.model, trust_remote_code, wanted.seed)
+        else:
+            module, _ = build_workload(workload)
+            subject = Subject(module, source=workload, kind=artefact.kind_of(module))
+        if dtype is not None:
+            subject = replace(subject, module=Dtype(dtype=dtype).apply(subject.module))  # type: ignore[arg-type]
+        self._tell("saving it")
+        artefact.save(subject, folder)
+        task = task_for(wanted, subject.kind, workload)
+        withheld = task.withheld(subject)
+        return {
+            "card": None if withheld else asdict(task.card(subject)),
+            "withheld": withheld,
+            "trained": subject.trained,
+            "kind": subject.kind,
+            "source": subject.source,
+            "replicas": subject.replicas,
+            "dtype": _dtypes(subject.module),
+            "sha256": _digest_of_weights(Path(folder)),
+        }
+
+    def do_transform(self, recipe: dict[str, Any], baseline: str, folder: str, workload: str | None) -> dict[str, Any]:
+        """Open the baseline's artefact, apply the recipe's transforms, and save the result."""
+        wanted = recipe_from_dict(recipe)
+        subject = _load(baseline, workload)
+        task = task_for(wanted, subject.kind, workload)
+        data: Calibration | None = None
+        for number, step in enumerate(wanted.transforms, 1):
+            self._tell(f"applying {step.step().name} ({number} of {len(wanted.transforms)})")
+            if step.needs_data and data is None and task.withheld(subject) is None:
+                data = task.calibration(subject)
+            subject = step.apply(subject, data if step.needs_data else None)
+        self._tell("saving the result")
+        artefact.save(subject, folder)
+        return {"history": [asdict(step) for step in subject.history], "replicas": subject.replicas}
+
+    def do_open(self, recipe: dict[str, Any], folder: str, workload: str | None) -> dict[str, Any]:
+        """Open an artefact as the arm to measure."""
+        wanted = recipe_from_dict(recipe)
+        self._runtime_bytes = resident_bytes()
+        subject = _load(folder, workload)
+        self._opened = Opened(subject, engine_for(subject), task_for(wanted, subject.kind, workload))
+        return {
+            "history": [asdict(step) for step in subject.history],
+            "execution": subject.execution,
+            "opens_in": subject.opens_in,
+            "dtype": _dtypes(subject.module),
+            "parameters": _parameters(subject.module),
+            "ranks": self._group.size,
+            "opening_peak_bytes": peak_bytes(),
+            "weight_bytes_per_token": weight_bytes_per_token(subject.module),
+            "kernels": _kernels(subject.module),
+        }
+
+    def do_evaluate(self, reference: str | None, keep: str | None) -> dict[str, Any]:
+        """Judge the opened subject; the samples come back as lists."""
+        arm = self._arm()
+        columns = arm.task.evaluate(
+            arm.subject, arm.engine, self._group, Path(reference) if reference else None, Path(keep) if keep else None
+        )
+        return {name: np.asarray(column).tolist() for name, column in columns.items()}
+
+    def do_session(self, recipe: dict[str, Any], batch_size: int) -> dict[str, Any]:
+        """Begin a timed measurement at one batch size and warm it up by a whole request; the time of that is told apart."""
+        meter = recipe_from_dict(recipe).measure["latency"]
+        session = meter.session(self._arm(), batch_size, self._group)  # type: ignore[attr-defined]
+        generates = self._arm().subject.kind == "causal-lm"
+        warm_up = [session.block() for _ in range(meter.blocks_per_round(generates))]  # type: ignore[attr-defined]
+        self._sessions[batch_size] = session
+        forget_peak()
+        return {"warm_up_ms": sum(sum(times) for block in warm_up for times in block.values())}
+
+    def do_block(self, batch_size: int) -> dict[str, Any]:
+        """Do the next block of a timed measurement."""
+        return dict(self._sessions[batch_size].block())
+
+    def do_memory(self) -> dict[str, Any]:
+        """Return this rank's peak resident memory since serving began, and what the empty runtime took."""
+        return {"peak_bytes": peak_bytes(), "runtime_bytes": self._runtime_bytes}
+
+    def do_roof(self, size_bytes: int) -> dict[str, Any]:
+        """Return the read bandwidth that this process reaches on a buffer of this size."""
+        return {"bytes_per_second": read_bandwidth(size_bytes)}
+
+    def _arm(self) -> Opened:
+        assert self._opened is not None, "open comes first"
+        return self._opened
+
+
+def _join(rank: int, ranks: int, meeting: str) -> Group:
+    if ranks == 1:
+        return Group()
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks, timeout=limit)
+    state = PartialState(cpu=True)
+    return Group(state.process_index, state.num_processes)
+
+
+def _load(folder: str, workload: str | None) -> Subject:
+    return artefact.load(folder, None if workload is None else build_workload(workload)[0])
+
+
+def _digest_of_weights(folder: Path) -> str:
+    listed = files.read_json(folder / artefact.MANIFEST)["files"]
+    lines = [f"{name} {listed[name]['sha256']}\n" for name in sorted(listed) if name.endswith(".safetensors")]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _dtypes(module: torch.nn.Module) -> str:
+    sizes: dict[str, int] = {}
+    for tensor in artefact.distinct_tensors(module).values():
+        key = str(tensor.dtype).removeprefix("torch.")
+        sizes[key] = sizes.get(key, 0) + tensor.numel() * tensor.element_size()
+    total = sum(sizes.values())
+    main = sorted((name for name in sizes if sizes[name] * 50 >= total), key=lambda name: -sizes[name])
+    return "+".join(main)
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    packed = sum(m.in_features * m.out_features for m in module.modules() if hasattr(m, "weight_bytes") and isinstance(m, torch.nn.Linear))
+    return packed + sum(parameter.numel() for parameter in module.parameters())
+
+
+def _kernels(module: torch.nn.Module) -> str | None:
+    if not any(hasattr(layer, "weight_bytes") for layer in module.modules()):
+        return None
+    from optkit.kernels.native import explain
+
+    return explain()

@@ -1,0 +1,110 @@
+"""The folder of one run: its own number, its lock, its finished stages. Nothing in it counts as a result before the manifest is there."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from optkit.core import files
+from optkit.core.errors import OptkitError
+
+_INPUTS = "inputs.json"
+
+
+class RunFolder:
+    """A run in progress. ``work`` holds what only a resumed run needs; it goes when the run is finished."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.work = path / "work"
+        self._lock: int | None = None
+
+    @classmethod
+    def new(cls, parent: Path, inputs: dict[str, Any]) -> RunFolder:
+        """Make a folder that nobody else has.
+
+        Raises:
+            ResourceError: it cannot be written.
+        """
+        folder = cls(files.new_folder(parent))
+        with files.refusals(folder.path):
+            folder.work.mkdir(mode=0o700)
+        folder._take()
+        files.write_json(folder.work / _INPUTS, inputs)
+        return folder
+
+    @classmethod
+    def resumed(cls, parent: Path, inputs: dict[str, Any]) -> RunFolder:
+        """Return the latest unfinished run under ``parent``.
+
+        Raises:
+            OptkitError: there is none, all are being worked on, or the latest was made from other inputs; these are named.
+        """
+        numbers = sorted((p for p in parent.glob("[0-9]*") if (p / "work" / _INPUTS).exists() and not files.is_sealed(p)), reverse=True)
+        if not numbers:
+            raise OptkitError(f"{parent} has no unfinished run; leave --resume out to begin one")
+        for path in numbers:
+            folder = cls(path)
+            if folder._take(wait=False):
+                folder._refuse_changed(inputs)
+                for left in folder.work.glob(".*"):
+                    shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+                return folder
+        raise OptkitError(f"all unfinished runs in {parent} are being worked on by other processes")
+
+    def stage(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return the result of a stage: the one that is kept, or a new one. Results are plain JSON."""
+        path = self.work / f"{name}.json"
+        if path.exists():
+            return files.read_json(path)
+        shutil.rmtree(self.work / name, ignore_errors=True)  # of a stage that was interrupted before its result was written
+        result = make()
+        files.write_json(path, result)
+        return result
+
+    def keep_artefact(self, name: str) -> None:
+        """Move an artefact out of the work folder and remove the rest."""
+        (self.work / name).rename(self.path / "artefact")
+        shutil.rmtree(self.work)
+
+    def _refuse_changed(self, inputs: dict[str, Any]) -> None:
+        before = _flat(files.read_json(self.work / _INPUTS))
+        now = _flat(inputs)
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        if changed:
+            told = "\n  ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
+            raise OptkitError(
+                f"{self.path} cannot go on, because its inputs have changed:\n  {told}\nleave --resume out to begin a new run"
+            )
+
+    def _take(self, wait: bool = True) -> bool:
+        """Lock the folder; the system frees the lock when this process ends, however it ends."""
+        handle = os.open(self.work / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return False
+        self._lock = handle
+        return True
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {key: item for name, part in value.items() for key, item in _flat(part, f"{path}.{name}" if path else str(name)).items()}
+    if isinstance(value, list) and value:
+        return {key: item for index, part in enumerate(value) for key, item in _flat(part, f"{path}[{index}]").items()}
+    return {path: value}

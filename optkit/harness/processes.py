@@ -1,0 +1,193 @@
+"""The parent's side of a worker: start, ask with a deadline, stop while others are timed, and end. No worker outlives its parent."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from optkit.core.errors import ArmError, OptkitError, ResourceError
+
+DEADLINE_S = 1800.0
+STARTUP_S = 120.0
+Tell = Callable[[str], None]
+
+
+class Refused(OptkitError):
+    """A worker refused, with a message for the user."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Worker:
+    """One process that serves commands."""
+
+    def __init__(self, name: str, threads: int, log: Path, rank: int = 0, ranks: int = 1, meeting: Path | None = None) -> None:
+        self.name = name
+        self._log = log
+        self._pending = b""
+        answers, theirs = os.pipe()
+        command = [sys.executable, "-m", "optkit.harness.worker", "--answers", str(theirs), "--parent", str(os.getpid())]
+        command += ["--threads", str(threads), "--rank", str(rank), "--ranks", str(ranks), "--meeting", str(meeting or "")]
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                pass_fds=[theirs],
+                start_new_session=True,
+                env=_environment(threads, rank, ranks),
+            )
+        os.close(theirs)
+        self._answers = answers
+
+    def send(self, do: str, **arguments: Any) -> None:
+        """Send a command; ``answer`` waits for what comes back."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write((json.dumps({"do": do, "with": arguments}) + "\n").encode())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._death() from None
+
+    def answer(self, deadline_s: float = DEADLINE_S, tell: Tell | None = None) -> Any:
+        """Wait for the answer to the last command.
+
+        Raises:
+            Refused: the worker refused, with a message for the user.
+            ArmError: it failed, died, or did not answer in time.
+            ResourceError: it was killed, most likely for memory.
+        """
+        end = time.monotonic() + deadline_s
+        while True:
+            line = self._line(end - time.monotonic())
+            if line is None:
+                raise ArmError(f"{self.name} did not answer within {deadline_s:.0f} s; its log is {self._log}")
+            message = json.loads(line)
+            if "progress" in message:
+                if tell is not None:
+                    tell(message["progress"])
+            elif "refused" in message:
+                raise Refused(message["refused"], message["exit_code"])
+            elif "failed" in message:
+                raise ArmError(f"{self.name} failed: {message['failed']}; its log is {self._log}")
+            else:
+                return message["done"]
+
+    def pause(self) -> None:
+        """Stop the process, threads and all, so that it takes nothing from the one that is timed."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let the process go on."""
+        self._signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        """End the process and everything it started."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+        os.close(self._answers)
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+
+    def _line(self, seconds: float) -> bytes | None:
+        end = time.monotonic() + seconds
+        while b"\n" not in self._pending:
+            ready, _, _ = select.select([self._answers], [], [], max(0.0, end - time.monotonic()))
+            if not ready:
+                return None
+            piece = os.read(self._answers, 1 << 16)
+            if not piece:
+                raise self._death()
+            self._pending += piece
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line
+
+    def _death(self) -> OptkitError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5)
+        code = self._process.returncode
+        if code == -signal.SIGKILL:
+            return ResourceError(f"{self.name} was killed by the system, most likely because memory ran out; its log is {self._log}")
+        how = f"by signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
+        return ArmError(f"{self.name} ended {how}; its log is {self._log}")
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+
+class Workers:
+    """The ranks of one arm, asked as one. A group of one is the usual case."""
+
+    def __init__(self, name: str, threads: int, folder: Path, ranks: int = 1) -> None:
+        self.name = name
+        self.facts: dict[str, Any] = {}
+        meeting = folder / f".{name}-{time.monotonic_ns()}.meeting"
+        self._members: list[Worker] = []
+        try:
+            for rank in range(ranks):
+                label = name if ranks == 1 else f"{name} rank {rank}"
+                self._members.append(Worker(label, threads, folder / f"{name}.log", rank, ranks, meeting))
+            for member in self._members:
+                member.answer(STARTUP_S)
+        except BaseException:
+            self.end()
+            raise
+
+    def ask(self, do: str, deadline_s: float = DEADLINE_S, tell: Tell | None = None, **arguments: Any) -> Any:
+        """Give all ranks one command and return the first rank's answer."""
+        return self.ask_all(do, deadline_s, tell, **arguments)[0]
+
+    def ask_all(self, do: str, deadline_s: float = DEADLINE_S, tell: Tell | None = None, **arguments: Any) -> list[Any]:
+        """Give all ranks one command and return all answers."""
+        for member in self._members:
+            member.send(do, **arguments)
+        return [member.answer(deadline_s, tell) for member in self._members]
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """Run while the block lasts, and stand still afterwards."""
+        for member in self._members:
+            member.resume()
+        try:
+            yield
+        finally:
+            for member in self._members:
+                member.pause()
+
+    def end(self) -> None:
+        """End all ranks."""
+        for member in self._members:
+            member.end()
+        self._members.clear()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end()
+
+
+def _environment(threads: int, rank: int, ranks: int) -> dict[str, str]:
+    group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo"} if ranks > 1 else {}
+    quiet = {
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    path = os.pathsep.join(["", *(place for place in sys.path if place)])  # workers import what the parent can import
+    return {**os.environ, **group, **quiet, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}

@@ -1,0 +1,100 @@
+"""One trial from recipe to report: artefacts, quality, turns at the clock, verdicts. Finished stages are kept, so that a run can go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from optkit.core import files
+from optkit.core.errors import StoppedError
+from optkit.harness import stages
+from optkit.harness.assembly import assemble
+from optkit.harness.checking import check_recipe, refuse_small_disk
+from optkit.harness.folder import RunFolder
+from optkit.harness.inputs import inputs_of, quickened
+from optkit.harness.workloads import task_for
+from optkit.recipe.reading import load_recipe, recipe_from_dict
+from optkit.recipe.schema import Recipe
+from optkit.report.folder import write_report
+from optkit.report.record import Report
+
+Progress = Callable[[str, float | None], None]
+"""Told what is being done, and the share of that which is done, where it is known."""
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    out: str | Path = "experiments",
+    quick: bool = False,
+    resume: bool = False,
+    overrides: tuple[str, ...] = (),
+    trust_remote_code: bool = False,
+    workload: str | None = None,
+    progress: Progress = lambda doing, share: None,
+    command: str | None = None,
+) -> Report:
+    """Apply a recipe to its model, measure before and after, and write the run's folder.
+
+    Args:
+        recipe: a file, plain data, or a recipe.
+        out: the folder of experiments; the run goes to ``out/<recipe name>/<number>``.
+        quick: fewer samples, for a first look; the report says so.
+        resume: go on with the latest unfinished run of this recipe instead of beginning a new one.
+        overrides: ``path=value`` texts, for a recipe file.
+        trust_remote_code: let the model's own code run; recorded in the report.
+        workload: ``module:function`` of an importable function that returns (module, task), for models that no recipe can name.
+        progress: told what is being done.
+        command: how the user called it, for the record.
+
+    Returns:
+        the report; ``report.held`` says whether the limits of the recipe held.
+
+    Raises:
+        OptkitError: bad input, a resource that is missing, or a measuring process that failed; the message says what to do.
+    """
+    started, clock = datetime.now(UTC), time.monotonic()
+    wanted, name = _read(recipe, overrides)
+    wanted = quickened(wanted) if quick else wanted
+    outline = None
+    if workload is None:
+        progress("checking the recipe", None)
+        outline = check_recipe(wanted, name, trust_remote_code)
+        refuse_small_disk(outline, 3.0, Path(out))
+    inputs = inputs_of(wanted, quick, trust_remote_code, workload)
+    parent = Path(out) / wanted.name
+    with RunFolder.resumed(parent, inputs) if resume else RunFolder.new(parent, inputs) as folder:
+        stage = stages.Stages(wanted, folder, inputs["threads"], trust_remote_code, workload, progress)
+        try:
+            results = stage.all()
+        except KeyboardInterrupt:
+            raise StoppedError(f"stopped; what is finished is kept in {folder.path}: go on with --resume") from None
+        progress("writing the report", None)
+        task = task_for(wanted, results["baseline"]["kind"], workload)
+        report = assemble(
+            wanted,
+            task,
+            results,
+            inputs,
+            run_id=folder.path.name,
+            started=started,
+            seconds=time.monotonic() - clock,
+            quick=quick,
+            command=command,
+        )
+        write_report(report, folder.path, wanted.to_yaml())
+        folder.keep_artefact("optimized")
+        files.seal(folder.path)
+    return report
+
+
+def _read(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: tuple[str, ...]) -> tuple[Recipe, str]:
+    if isinstance(recipe, Recipe):
+        return recipe, recipe.name
+    if isinstance(recipe, Mapping):
+        made = recipe_from_dict(recipe)
+        return made, made.name
+    return load_recipe(recipe, overrides), str(recipe)

@@ -1,0 +1,21 @@
+"""Packed layers with compiled kernels, each beside its plain PyTorch reference. For inference: the packed weights get no gradient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from optkit.core.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+LAYERS: Registry[nn.Module] = Registry(
+    "layer",
+    {
+        "int8_linear": "optkit.kernels.int8:Int8Linear",
+        "int8_embedding": "optkit.kernels.int8:Int8Embedding",
+        "int4_linear": "optkit.kernels.int4:Int4Linear",
+    },
+)
+
+__all__ = ["LAYERS"]

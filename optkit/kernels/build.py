@@ -1,0 +1,106 @@
+"""Compiles the kernels once with the system compiler and keeps the library in a cache of this user. Compiles nothing but our own source."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from optkit.core.errors import MissingError, ResourceError
+from optkit.core.files import write_bytes
+
+SOURCE = Path(__file__).with_name("linear.c")
+# The library is linked without an OpenMP runtime of its own: it finds the one that torch has loaded, and so shares torch's threads.
+_COMPILE = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-c")
+_LINK = ("-shared",)
+_TIMEOUT_S = 180
+
+
+def open_library() -> ctypes.CDLL:
+    """Return the loaded kernels, compiled first where this has not been done before.
+
+    Several processes may do so at once: each compiles aside and renames. Without a cache that can be written, nothing is kept.
+
+    Raises:
+        MissingError: there is no compiler, it failed, or its product cannot be loaded; the message is the reason.
+    """
+    compiler = _compiler()
+    folder = cache_folder()
+    name = f"linear-{_key(compiler)}.so"
+    if folder is not None and (folder / name).is_file():
+        try:
+            return ctypes.CDLL(str(folder / name))
+        except OSError:
+            (folder / name).unlink(missing_ok=True)
+    span = "once for this machine" if folder else "for this process alone, because the cache folder cannot be written or is open to others"
+    print(f"optkit: compiling the kernels, {span}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="optkit-") as aside:
+        built = _compile(compiler, Path(aside))
+        path = built if folder is None else _keep(built, folder / name)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            raise MissingError(f"the compiled kernels cannot be loaded: {error}") from None
+
+
+def cache_folder() -> Path | None:
+    """Return the folder for compiled kernels, ``$OPTKIT_CACHE`` or the user's cache; None where others may write to it."""
+    chosen = os.environ.get("OPTKIT_CACHE")
+    folder = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optkit"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError:
+        return None
+    # A library that others can replace would be code of theirs in our process.
+    foreign = status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return None if foreign else folder
+
+
+def _compiler() -> list[str]:
+    wanted = [shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"]]
+    for command in wanted:
+        if command and shutil.which(command[0]):
+            return command
+    raise MissingError("no C compiler is here (looked for $CC, cc and gcc)")
+
+
+def _key(compiler: list[str]) -> str:
+    version = _run([*compiler, "--version"], "say its version")
+    parts = (SOURCE.read_text(), *_COMPILE, *_LINK, *compiler, version, platform.machine())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _compile(compiler: list[str], aside: Path) -> Path:
+    unit, library = aside / "linear.o", aside / "linear.so"
+    _run([*compiler, *_COMPILE, str(SOURCE), "-o", str(unit)], "compile the kernels")
+    _run([*compiler, *_LINK, str(unit), "-o", str(library)], "link the kernels")
+    return library
+
+
+def _keep(built: Path, place: Path) -> Path:
+    try:
+        write_bytes(place, built.read_bytes())
+    except ResourceError as error:
+        print(f"optkit: the compiled kernels are not kept: {error}", file=sys.stderr)
+        return built
+    return place
+
+
+def _run(command: list[str], purpose: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MissingError(f"the compiler {command[0]!r} cannot {purpose}: {error}") from None
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
+        raise MissingError(f"the compiler {command[0]!r} cannot {purpose}: {lines[0].strip()}")
+    return done.stdout

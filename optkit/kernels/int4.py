@@ -1,0 +1,178 @@
+"""Weight-only int4 in groups of columns, asymmetric: 4 bits a weight and 4 bytes a group. Coarser than int8, and small models feel it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from optkit.core.errors import TransformError
+from optkit.kernels.guards import dtype_named, refuse_non_finite, refuse_non_matrix, refuse_override, row_chunks
+from optkit.kernels.layout import groups_from_kernel, groups_to_kernel, pack_nibbles, unpack_nibbles
+from optkit.kernels.native import LayerStruct, struct_at
+from optkit.kernels.packed import PackedLinear
+
+GROUP_SIZES = (32, 64, 128)
+_LEVELS = 15
+_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+
+
+def quantize_groups(weight: Tensor, group_size: int, clip_search: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q (out, in / 2), two numbers 0..15 a byte with the even column low, and bfloat16 scale and zero (out, in / group_size).
+
+    The law: weight ~ q * scale + zero within each group of ``group_size`` columns of a row, and q = round((weight - zero) / scale). Without
+    the search, zero is the group's minimum and scale its range / 15. The search tries smaller ranges, fits scale and zero to the rounded
+    numbers by least squares, and keeps for every group what gives the least squared error; the error never grows by it.
+    Scale and zero are rounded to bfloat16 before the numbers are chosen, so that rounding them costs next to nothing.
+
+    Raises:
+        TransformError: the group size does not divide the columns, the weight is no matrix, or it holds NaN or infinity.
+    """
+    refuse_non_matrix(weight)
+    refuse_group_size(weight.shape[1], group_size)
+    parts = [_search(rows.reshape(len(rows), -1, group_size), _SHRINKS if clip_search else ()) for rows in row_chunks(weight)]
+    q, scale, zero = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    refuse_non_finite(scale.float() + zero.float())
+    return q, scale, zero
+
+
+def dequantize_groups(q: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the weight (out, in) = q * scale + zero, computed in float32 (float64 for float64) and rounded to ``dtype``."""
+    wide = torch.promote_types(dtype, torch.float32)
+    numbers = unpack_nibbles(q).reshape(*scale.shape, -1).to(wide)
+    return torch.addcmul(zero.to(wide)[..., None], numbers, scale.to(wide)[..., None]).flatten(1).to(dtype)
+
+
+def int4_linear_reference(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x (..., in) times the dequantized weight, transposed, plus bias (out,): what the kernels compute, in plain PyTorch."""
+    return functional.linear(x, dequantize_groups(q, scale, zero, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def refuse_group_size(in_features: int, group_size: int) -> None:
+    """Refuse a group size that the kernels do not know or that does not divide the columns.
+
+    Raises:
+        TransformError: the message names the sizes that would work.
+    """
+    fitting = [size for size in GROUP_SIZES if in_features % size == 0]
+    if group_size in fitting:
+        return
+    none = f"none of {', '.join(map(str, GROUP_SIZES))} does: exclude this layer or use int8"
+    remedy = f"use {' or '.join(map(str, fitting))}" if fitting else none
+    if group_size in GROUP_SIZES:
+        raise TransformError(f"group size {group_size} does not divide in_features {in_features}; {remedy}")
+    raise TransformError(f"group size {group_size} has no kernel for in_features {in_features}; {remedy}")
+
+
+class Int4Linear(PackedLinear):
+    """A linear layer with int4 weights. It takes no part in training: weight and bias get no gradient, the input does."""
+
+    portable: ClassVar[tuple[str, ...]] = ("qweight", "scale", "zero")
+    replaced: ClassVar[tuple[str, ...]] = ("qweight", "scale", "zero")
+
+    def __init__(self, tensors: tuple[Tensor, ...], bias: Tensor | None, group_size: int, compute_dtype: torch.dtype) -> None:
+        rows, half = tensors[0].shape
+        super().__init__(tensors, bias, (2 * half, rows), compute_dtype)
+        self.group_size = group_size
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, bias: Tensor | None = None, group_size: int = 64, clip_search: bool = True) -> Self:
+        """Return the layer for a float weight (out, in); results of ``.weight`` have its dtype.
+
+        Raises:
+            TransformError: see ``quantize_groups``.
+        """
+        return cls(quantize_groups(weight.detach(), group_size, clip_search), bias, group_size, weight.dtype)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, group_size: int = 64, clip_search: bool = True) -> Self:
+        """Return the packed form of a plain linear layer.
+
+        Raises:
+            TransformError: it has a forward of its own; or see ``quantize_groups``.
+        """
+        refuse_override(linear, nn.Linear)
+        return cls.from_weight(linear.weight, linear.bias, group_size, clip_search).train(linear.training)
+
+    @classmethod
+    def empty(cls, in_features: int, out_features: int, group_size: int = 64, bias: bool = True, dtype: str = "float32") -> Self:
+        """Return a layer of zeros, to load a state into.
+
+        Raises:
+            TransformError: the group size does not divide ``in_features``.
+        """
+        refuse_group_size(in_features, group_size)
+        kind, groups = dtype_named(dtype), (out_features, in_features // group_size)
+        numbers = torch.zeros(out_features, in_features // 2, dtype=torch.uint8)
+        tensors = (numbers, torch.zeros(groups, dtype=torch.bfloat16), torch.zeros(groups, dtype=torch.bfloat16))
+        return cls(tensors, torch.zeros(out_features, dtype=kind) if bias else None, group_size, kind)
+
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes that have to be read for one token: numbers, scales, zeros and bias."""
+        groups = self.in_features // self.group_size
+        return self.out_features * (self.in_features // 2 + 4 * groups) + (0 if self.bias is None else self.bias.nbytes)
+
+    def layout(self) -> dict[str, Any]:
+        """Return the arguments of ``empty``."""
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        sizes = {"in_features": self.in_features, "out_features": self.out_features, "group_size": self.group_size}
+        return {**sizes, "bias": self.bias is not None, "dtype": dtype}
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight (out_features, in_features) as floats of this dtype."""
+        q, scale, zero = self.tensors()
+        return dequantize_groups(q, scale, zero, dtype)
+
+    def _to_kernel(self) -> Tensor:
+        q, scale, zero = self.tensors()
+        return groups_to_kernel(q, scale, zero)
+
+    def _from_kernel(self, kernel: Tensor) -> tuple[Tensor, ...]:
+        return groups_from_kernel(kernel, self.out_features, self.in_features)
+
+    def _struct(self, kernel: Tensor) -> tuple[LayerStruct, int]:
+        return struct_at(kernel.data_ptr(), None, self.out_features, self.in_features, self.group_size)
+
+
+def _search(groups: Tensor, shrinks: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize float32 (rows, groups, group_size); see ``quantize_groups``."""
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+    best = _round(groups, (high / _LEVELS - low / _LEVELS), low)
+    for shrink in shrinks:
+        middle, reach = (low / 2 + high / 2), (high / 2 - low / 2) * shrink
+        trial = _round(groups, reach * 2 / _LEVELS, middle - reach)
+        best = _better(best, _better(trial, _fit(groups, trial.q)))
+    return pack_nibbles(best.q.flatten(1)), best.scale, best.zero
+
+
+class _Trial(NamedTuple):
+    q: Tensor  # uint8 (rows, groups, group_size)
+    scale: Tensor  # bfloat16 (rows, groups), as zero
+    zero: Tensor
+    error: Tensor  # float32 (rows, groups): the squared error
+
+
+def _round(groups: Tensor, scale: Tensor, zero: Tensor) -> _Trial:
+    scale, zero = scale.to(torch.bfloat16), zero.to(torch.bfloat16)
+    step, base = scale.float()[..., None], zero.float()[..., None]
+    numbers = ((groups - base) / torch.where(step > 0, step, 1)).round_().clamp_(0, _LEVELS)
+    error = torch.addcmul(base, numbers, step).sub_(groups).square_().sum(dim=-1)
+    return _Trial(numbers.to(torch.uint8), scale, zero, error)
+
+
+def _fit(groups: Tensor, q: Tensor) -> _Trial:
+    """Fit scale and zero to given numbers by least squares, then round anew."""
+    numbers = q.float()
+    mean, center = numbers.mean(dim=-1, keepdim=True), groups.mean(dim=-1, keepdim=True)
+    spread = (numbers - mean).square().sum(dim=-1)
+    scale = ((numbers - mean) * (groups - center)).sum(dim=-1) / torch.where(spread > 0, spread, 1)
+    return _round(groups, scale, center[..., 0] - scale * mean[..., 0])
+
+
+def _better(one: _Trial, other: _Trial) -> _Trial:
+    wins = other.error < one.error
+    pick = torch.where(wins[..., None], other.q, one.q)
+    return _Trial(pick, *(torch.where(wins, new, old) for old, new in zip(one[1:], other[1:], strict=True)))

@@ -1,0 +1,63 @@
+"""The kernels as PyTorch operators, so that torch.compile can trace past them. Eager layers call the kernels directly, which costs less."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from optkit.core.errors import OptkitError
+from optkit.kernels.native import Native, native, struct_at
+
+HALF: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}  # what the kernels read and write
+
+
+def multiply(kernels: Native, address: int, input: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """Return input (..., cols) times the packed weight whose struct is at ``address``, plus bias (rows,), in the dtype of the input.
+
+    Input and bias are float32 or bfloat16 on the CPU, and their sizes are the caller's promise.
+
+    Raises:
+        MemoryError: there is no memory for the rounded or widened copy of the input.
+    """
+    if not input.is_contiguous():
+        input = input.contiguous()
+    shape = input.shape
+    output = input.new_empty((*shape[:-1], rows))
+    status = kernels.linear(
+        address,
+        input.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        output.data_ptr(),
+        input.numel() // shape[-1],
+        HALF[input.dtype] if bias is None else HALF[input.dtype] + 2 * HALF[bias.dtype],
+        torch.get_num_threads(),
+    )
+    if status:
+        raise MemoryError(f"no memory for the product of an input {tuple(shape)} with {rows} rows of weights")
+    return output
+
+
+@torch.library.custom_op("optkit::packed_linear", mutates_args=(), device_types="cpu")
+def packed_linear(input: Tensor, kernel: Tensor, scale: Tensor | None, bias: Tensor | None, cols: int, rows: int, group: int) -> Tensor:
+    """Return input (..., cols) times the packed weight (rows, cols), plus bias (rows), in the dtype of the input.
+
+    Args:
+        kernel: the weight in the layout of the kernels.
+        scale: float32 (rows,) for int8; None for int4, whose scales are within ``kernel``.
+        group: columns in a group; 0 for int8.
+    """
+    found = native()
+    if found is None:
+        raise OptkitError("a model compiled with packed kernels runs where there are none; compile it anew on this machine")
+    bias = bias if bias is None or bias.dtype in HALF else bias.float()
+    struct, address = struct_at(kernel.data_ptr(), None if scale is None else scale.data_ptr(), rows, cols, group)
+    output = multiply(found, address, input, bias, rows)
+    del struct  # it had to live until here
+    return output
+
+
+@packed_linear.register_fake
+def _(input: Tensor, kernel: Tensor, scale: Tensor | None, bias: Tensor | None, cols: int, rows: int, group: int) -> Tensor:
+    return input.new_empty((*input.shape[:-1], rows))

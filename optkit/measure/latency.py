@@ -1,0 +1,169 @@
+"""First token, later tokens and throughput, in blocks of a few tokens. Only the model and the greedy choice are timed, no text handling."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Annotated, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from optkit.core.group import Group
+from optkit.core.measurement import Array, Metric, Samples
+from optkit.measure.contract import Meter, Opened, Session
+
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+BLOCK_TOKENS = 8
+
+
+class Latency(Meter):
+    """Requests of ``prompt_tokens``, continued by ``new_tokens``, at each of ``batch_sizes``.
+
+    TTFT is the time to the first token; TPOT is (end to end - TTFT) / (new_tokens - 1), ITL each gap between tokens: the definitions
+    of https://docs.nvidia.com/nim/benchmarking. For a subject that does not generate, the time of a forward pass.
+    """
+
+    timed: ClassVar[bool] = True
+    prompt_tokens: Count = Field(default=128, description="tokens of each prompt")
+    new_tokens: Annotated[int, Field(ge=2, le=1_000_000)] = Field(default=64, description="tokens generated for each prompt")
+    batch_sizes: tuple[Count, ...] = Field(default=(1,), min_length=1, description="sequences at once; each size is measured")
+    precision: float = Field(default=0.02, gt=0, lt=1, description="stop when the per-token ratio is known within this share")
+    seconds: float = Field(default=60, gt=0, description="stop after this long, for each batch size, whatever the precision")
+
+    def session(self, arm: Opened, batch_size: int, group: Group) -> Session:
+        """Return a measurement in progress at one batch size; every rank of the group opens one."""
+        if arm.subject.kind == "causal-lm":
+            prompts = arm.task.prompts(arm.subject, batch_size, self.prompt_tokens)
+            return _Generation(arm, prompts, self.new_tokens, group)
+        return _Forward(arm, batch_size, group)
+
+    def blocks_per_round(self, generates: bool) -> int:
+        """Return how many blocks make one request, or one round of forward passes."""
+        return 1 + -(-(self.new_tokens - 1) // (BLOCK_TOKENS + 1)) if generates else 1
+
+    def judged(self, batch_size: int, generates: bool) -> Metric:
+        """Return the metric whose precision decides how long is measured: the time of a later token, or of a pass."""
+        wanted = "tpot_ms" if generates else "latency_ms"
+        return next(metric for metric in self.metrics(batch_size, generates) if metric.name.startswith(wanted))
+
+    def metrics(self, batch_size: int, generates: bool) -> tuple[Metric, ...]:
+        """Return what is made of the times at one batch size; sizes other than 1 are part of the names."""
+        suffix = "" if batch_size == 1 else f"@{batch_size}"
+        made = _generation_metrics(batch_size, self.new_tokens) if generates else _forward_metrics(batch_size)
+        return tuple(_renamed(metric, metric.name + suffix) for metric in made)
+
+
+class _Generation:
+    """One request after another; a block is a prefill, or the next few tokens."""
+
+    def __init__(self, arm: Opened, prompts: Tensor, new_tokens: int, group: Group) -> None:
+        self._engine = arm.engine
+        self._prompts = prompts[group.rows(len(prompts))]
+        self._new_tokens = new_tokens
+        self._group = group
+        self._left = 0
+        self._tokens = torch.empty(0)
+
+    def block(self) -> Mapping[str, list[float]]:
+        if self._left == 0:
+            self._left = self._new_tokens - 1
+            return {"ttft_ms": self._timed(1, self._prefill, wake=self._prefill)}
+        count = min(BLOCK_TOKENS + 1, self._left)
+        self._left -= count
+        # The first token after a stop pays for cold caches and sleeping threads, which a request served alone would not.
+        return {"gaps_ms": self._timed(count - 1, self._step, wake=self._step) if count > 1 else self._timed(1, self._step)}
+
+    def _timed(self, count: int, work: Callable[[], None], wake: Callable[[], None] | None = None) -> list[float]:
+        self._group.wait()
+        return self._group.slowest(self._marks(count, work, wake) if len(self._prompts) else [])
+
+    def _marks(self, count: int, work: Callable[[], None], wake: Callable[[], None] | None) -> list[float]:
+        if wake is not None:
+            wake()
+        marks = [time.perf_counter()]
+        for _ in range(count):
+            work()
+            marks.append(time.perf_counter())
+        return [1e3 * (after - before) for before, after in pairwise(marks)]
+
+    def _prefill(self) -> None:
+        self._tokens = self._engine.prefill(self._prompts).argmax(-1)
+        self._tokens[0].item()
+
+    def _step(self) -> None:
+        self._tokens = self._engine.step(self._tokens).argmax(-1)
+        self._tokens[0].item()  # on an accelerator, the wait for the token that a user would see
+
+
+class _Forward:
+    """Forward passes over one batch; a block is a few of them."""
+
+    def __init__(self, arm: Opened, batch_size: int, group: Group) -> None:
+        rows = group.rows(batch_size)
+        self._batch = {name: tensor[rows] for name, tensor in arm.task.batch(arm.subject, batch_size).items()}
+        self._empty = rows.start == rows.stop
+        self._engine = arm.engine
+        self._group = group
+
+    def block(self) -> Mapping[str, list[float]]:
+        self._group.wait()
+        times = []
+        for _ in range(0 if self._empty else BLOCK_TOKENS + 1):
+            start = time.perf_counter()
+            self._engine.forward(self._batch)
+            times.append(1e3 * (time.perf_counter() - start))
+        return {"pass_ms": self._group.slowest(times[1:])}  # the first pays for having been stopped
+
+
+def _generation_metrics(batch_size: int, new_tokens: int) -> tuple[Metric, ...]:
+    def percentile(share: float) -> Callable[[Samples], Array]:
+        return lambda columns: np.percentile(_flat(columns["gaps_ms"]), share, axis=-1)
+
+    def rates(columns: Samples) -> Array:
+        requests_ms = columns["ttft_ms"][..., 0] + (new_tokens - 1) * columns["gaps_ms"].mean(-1)
+        return np.asarray(batch_size * new_tokens / requests_ms * 1e3)
+
+    return (
+        Metric("ttft_ms", "ms", False, lambda c: np.median(_flat(c["ttft_ms"]), axis=-1), lambda c: c["ttft_ms"].ravel()),
+        Metric(
+            "tpot_ms",
+            "ms",
+            False,
+            lambda c: np.median(_flat(_block_means(c["gaps_ms"])), axis=-1),
+            lambda c: _block_means(c["gaps_ms"]).ravel(),
+        ),
+        *(Metric(f"itl_p{share}_ms", "ms", False, percentile(share), lambda c: c["gaps_ms"].mean(-1)) for share in (50, 90, 99)),
+        Metric("tokens_per_second", "tokens/s", True, lambda c: np.median(rates(c), axis=-1), rates),
+    )
+
+
+def _forward_metrics(batch_size: int) -> tuple[Metric, ...]:
+    return (
+        Metric("latency_ms", "ms", False, lambda c: np.median(_flat(c["pass_ms"]), axis=-1), lambda c: c["pass_ms"].mean(-1)),
+        Metric(
+            "items_per_second",
+            "items/s",
+            True,
+            lambda c: batch_size / np.median(_flat(c["pass_ms"]), axis=-1) * 1e3,
+            lambda c: batch_size / c["pass_ms"].mean(-1) * 1e3,
+        ),
+    )
+
+
+def _block_means(gaps_ms: Array) -> Array:
+    """Return (..., rounds, blocks) means of the (..., rounds, gaps) times of single tokens."""
+    parts = np.array_split(gaps_ms, range(BLOCK_TOKENS, gaps_ms.shape[-1], BLOCK_TOKENS), axis=-1)
+    return np.stack([part.mean(-1) for part in parts], axis=-1)
+
+
+def _flat(values: Array) -> Array:
+    """Return (draws, everything else)."""
+    return values.reshape(len(values), -1)
+
+
+def _renamed(metric: Metric, name: str) -> Metric:
+    return Metric(name, metric.unit, metric.higher_is_better, metric.estimate, metric.each, metric.relative)

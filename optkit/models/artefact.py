@@ -1,0 +1,221 @@
+"""Saves a subject and opens it again: safetensors, the model's own configuration, and ``optkit.json`` with structure and digests."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from optkit.core import files
+from optkit.core.errors import ArtefactError, ModelError
+from optkit.core.subject import Step, Subject
+from optkit.kernels import LAYERS
+from optkit.models.huggingface import outline as outline_pretrained
+
+MANIFEST = "optkit.json"
+_SCHEMA = 1
+_SHARD = "5GB"
+
+
+def save(model: nn.Module | Subject, folder: str | Path) -> None:
+    """Save a model so that ``load`` opens it in another process with equal outputs.
+
+    Args:
+        model: a subject, or a bare module. A transformers model is saved with its configuration; any other module by its weights
+            alone, and ``load`` then needs a fresh module of the same class.
+        folder: must not exist yet, or be empty.
+
+    Raises:
+        ArtefactError: the folder holds something already.
+        ResourceError: it cannot be written.
+    """
+    subject = model if isinstance(model, Subject) else Subject(module=model, source=type(model).__name__, kind=kind_of(model))
+    with files.build_folder(Path(folder), MANIFEST) as aside:
+        module = subject.module
+        if is_pretrained(module):
+            module.config.save_pretrained(aside)  # type: ignore[union-attr]
+            generation = getattr(module, "generation_config", None)
+            if generation is not None:
+                generation.save_pretrained(aside)  # type: ignore[operator]
+        if subject.tokenizer is not None:
+            subject.tokenizer.save_pretrained(aside)
+        _save_tensors(distinct_tensors(module), aside)
+        files.write_json(aside / MANIFEST, _structure(subject))
+
+
+def load(folder: str | Path, into: nn.Module | None = None) -> Subject:
+    """Open what ``save`` wrote, after comparing every file with its digest.
+
+    Args:
+        folder: the artefact.
+        into: for an artefact that was no transformers model: a fresh module of the class that was saved, which is used up.
+
+    Raises:
+        ArtefactError: the artefact is incomplete, changed or of a newer version.
+        ModelError: it needs ``into``.
+    """
+    folder = Path(folder)
+    structure = _read_structure(files.verify(folder, MANIFEST), folder)
+    module = _skeleton(folder, structure, into)
+    _insert_layers(module, structure["layers"])
+    _tie_dense(module)
+    _assign(module, folder)
+    _tie_dense(module)  # assigning has put new tensors in place of the tied ones
+    return _subject(folder, module.eval(), structure, _tokenizer(folder))
+
+
+def outline(folder: str | Path) -> Subject:
+    """Open an artefact's shapes on the meta device; no weight is read."""
+    folder = Path(folder)
+    structure = _read_structure(files.read_json(folder / MANIFEST), folder)
+    subject = outline_pretrained(folder, structure["source"])
+    with torch.device("meta"):
+        _insert_layers(subject.module, structure["layers"])
+    return _subject(folder, subject.module, structure, None)
+
+
+def kind_of(module: nn.Module) -> Any:
+    """Return which engine a module needs."""
+    return "causal-lm" if is_pretrained(module) and module.can_generate() else "module"  # type: ignore[operator]
+
+
+def is_pretrained(module: nn.Module) -> bool:
+    """Say whether the module is a transformers model, with a configuration it can be built from."""
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel)
+
+
+def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the module's state without tensors that are another's twin (tied weights keep their first name)."""
+    seen: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    kept = {}
+    for name, tensor in module.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in seen:
+            continue
+        seen[key] = name
+        kept[name] = tensor
+    return kept
+
+
+def _structure(subject: Subject) -> dict[str, Any]:
+    layers = {}
+    names = {id(layer): name for name, layer in subject.module.named_modules()}
+    words = {kind: word for word in LAYERS for kind in [LAYERS[word]]}
+    for name, layer in subject.module.named_modules():
+        if type(layer) in words:
+            partner = getattr(layer, "tied", None)
+            layers[name] = {
+                "layer": words[type(layer)],
+                "layout": layer.layout(),  # type: ignore[operator]
+                "dtype": str(layer.compute_dtype).removeprefix("torch."),
+                "tied_to": names[id(partner)] if partner is not None else None,
+            }
+    return {
+        "schema": _SCHEMA,
+        "source": subject.source,
+        "kind": subject.kind,
+        "class": type(subject.module).__name__,
+        "pretrained": is_pretrained(subject.module),
+        "trained": subject.trained,
+        "replicas": subject.replicas,
+        "opens_in": subject.opens_in,
+        "execution": subject.execution,
+        "history": [asdict(step) for step in subject.history],
+        "layers": layers,
+    }
+
+
+def _read_structure(content: Any, folder: Path) -> dict[str, Any]:
+    if not isinstance(content, dict) or not {"schema", "layers", "history"} <= content.keys():
+        raise ArtefactError(f"{folder / MANIFEST} does not describe an artefact")
+    if content["schema"] != _SCHEMA:
+        raise ArtefactError(f"{folder} was written in schema {content['schema']}, this version reads {_SCHEMA}; install a newer optkit")
+    return content
+
+
+def _skeleton(folder: Path, structure: dict[str, Any], into: nn.Module | None) -> nn.Module:
+    if not structure["pretrained"]:
+        if into is None:
+            raise ModelError(
+                f"{folder} holds the weights of a {structure['class']}; give a fresh one: load(folder, into={structure['class']}(...))"
+            )
+        return into
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with no_init_weights():
+        module: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return module
+
+
+def _insert_layers(module: nn.Module, layers: dict[str, Any]) -> None:
+    for name, entry in sorted(layers.items(), key=lambda item: item[1]["tied_to"] is not None):
+        kind: Any = LAYERS[entry["layer"]]
+        if entry["tied_to"] is not None:
+            bias = torch.empty(entry["layout"]["out_features"]) if entry["layout"]["bias"] else None
+            layer = kind.tied_to(module.get_submodule(entry["tied_to"]), bias)
+        else:
+            layer = kind.empty(**entry["layout"])
+        layer.compute_dtype = getattr(torch, entry["dtype"])
+        parent, _, attribute = name.rpartition(".")
+        if not name:
+            raise ArtefactError("a packed layer cannot be the whole model")
+        module.get_submodule(parent).register_module(attribute, layer)
+
+
+def _assign(module: nn.Module, folder: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ArtefactError(f"{path} is damaged: {error}") from None
+    missing = sorted(distinct_tensors(module).keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - module.state_dict().keys())
+    if missing or unexpected:
+        raise ArtefactError(f"{folder} does not fit its own structure: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    module.load_state_dict(tensors, strict=False, assign=True)
+
+
+def _tie_dense(module: nn.Module) -> None:
+    if is_pretrained(module) and not any(getattr(layer, "tied", None) is not None for layer in module.modules()):
+        module.tie_weights()  # type: ignore[operator]
+
+
+def _subject(folder: Path, module: nn.Module, structure: dict[str, Any], tokenizer: Any) -> Subject:
+    return Subject(
+        module=module,
+        source=structure["source"],
+        kind=structure["kind"],
+        tokenizer=tokenizer,
+        trained=structure["trained"],
+        replicas=structure["replicas"],
+        history=tuple(Step(**step) for step in structure["history"]),
+    )
+
+
+def _tokenizer(folder: Path) -> Any:
+    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def _save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=_SHARD)
+    for name, keys in plan.filename_to_tensors.items():
+        save_file({key: tensors[key].contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
+    if plan.is_sharded:
+        files.write_json(folder / "model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})

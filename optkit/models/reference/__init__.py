@@ -1,0 +1,1 @@
+"""The bundled reference model: weights, card, and the script that trained it."""

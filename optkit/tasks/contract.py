@@ -1,0 +1,70 @@
+"""The contract of a task: its data, the split into calibration and evaluation, and how answers are judged."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from optkit.core.group import Group
+from optkit.core.measurement import Metric, Samples
+from optkit.core.settings import Settings
+from optkit.core.subject import Calibration, Subject
+
+
+@dataclass(frozen=True)
+class DataCard:
+    """What the data was, so that two results can be told apart: ``sha256`` covers the evaluated items themselves."""
+
+    task: str
+    corpus: str
+    sha256: str
+    items: int
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Task(Settings):
+    """What a subject is for. Its calibration data never overlaps its evaluation data."""
+
+    def withheld(self, subject: Subject) -> str | None:
+        """Return why this subject's quality means nothing, or None where it can be judged."""
+        return None if subject.trained else "the weights are random"
+
+    @abstractmethod
+    def card(self, subject: Subject) -> DataCard:
+        """Describe the evaluation data; reads the data, runs no model."""
+
+    @abstractmethod
+    def calibration(self, subject: Subject) -> Calibration:
+        """Return data for transforms that need to see some."""
+
+    @abstractmethod
+    def evaluate(self, subject: Subject, engine: Any, group: Group, reference: Path | None, keep: Path | None) -> Samples:
+        """Judge the subject. All ranks of a group call this together, and each gets the whole answer.
+
+        Args:
+            subject: the model, opened.
+            engine: what executes it.
+            group: the ranks that share the work.
+            reference: a folder that ``keep`` of the baseline's evaluation filled, to compare answers with; None for the baseline.
+            keep: an existing folder in which to leave what later evaluations compare with; None to leave nothing.
+
+        Returns:
+            columns whose first axis counts independent units of the data, as ``metrics`` reads them.
+        """
+
+    @abstractmethod
+    def metrics(self) -> tuple[Metric, ...]:
+        """Return the quality metrics, the most important first."""
+
+    def prompts(self, subject: Subject, count: int, length: int) -> Tensor:
+        """Return ``(count, length)`` input ids for timing; real text where there is some. Only for subjects that generate."""
+        raise TypeError(f"{type(self).__name__} has no prompts: its subjects do not generate")
+
+    def batch(self, subject: Subject, size: int) -> Mapping[str, Tensor]:
+        """Return the keyword inputs of one forward pass over ``size`` items, for timing. Only for subjects that do not generate."""
+        raise TypeError(f"{type(self).__name__} has no batches: its subjects generate")

@@ -1,0 +1,217 @@
+"""Predicting the next token of a text: perplexity, bits per byte, accuracy, and fidelity to the baseline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from optkit.core.errors import DataError
+from optkit.core.group import Group
+from optkit.core.measurement import Metric, Samples
+from optkit.core.settings import Settings
+from optkit.core.subject import Calibration, Subject
+from optkit.data.documents import Corpus, file_corpus, hub_corpus, python_corpus
+from optkit.tasks.answers import Answers, kept_positions
+from optkit.tasks.contract import DataCard, Task
+
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+_PROMPTS, _PROMPT_TOKENS, _CONTINUED_TOKENS = 16, 64, 48
+_LOGIT_BYTES = 256 * 2**20  # float32 logits in memory at once
+
+
+class HubText(Settings):
+    """A data set of the Hub."""
+
+    hub: str = Field(description="data set name, owner/name")
+    subset: str | None = Field(default=None, description="configuration of the data set")
+    split: str = Field(default="test", description="split that is evaluated; calibration uses 'train'")
+    column: str = Field(default="text", description="column with the text")
+
+
+class TextFiles(Settings):
+    """Text, JSONL or Parquet files."""
+
+    files: tuple[str, ...] = Field(min_length=1, description="paths or patterns; .txt, .md, .rst, .py, .jsonl, .parquet")
+    column: str = Field(default="text", description="field or column with the text, for JSONL and Parquet")
+
+
+class LanguageModeling(Task):
+    """Next-token prediction on a corpus, in windows; perplexity is normalized by token, bits per byte by UTF-8 byte of the same text."""
+
+    corpus: str | TextFiles | HubText = Field(default="python", description="'python' is the held-out standard library")
+    window: Annotated[int, Field(ge=2, le=1_000_000)] = Field(default=512, description="tokens the model sees at once")
+    stride: Count | None = Field(default=None, description="tokens between windows; default: window, without overlap")
+    tokens: Count = Field(default=65536, description="tokens to evaluate, at most")
+
+    def withheld(self, subject: Subject) -> str | None:
+        """Random weights and models without a tokenizer are not judged."""
+        return super().withheld(subject) or ("the model has no tokenizer" if subject.tokenizer is None else None)
+
+    def card(self, subject: Subject) -> DataCard:
+        """Describe the evaluated windows."""
+        corpus, windows = self._evaluated(subject)
+        window = windows.shape[1]
+        detail = {"window": window, "stride": self.stride or window, "windows": len(windows), "normalizer": "token and byte"}
+        return DataCard("language-modeling", corpus.name, corpus.sha256, windows.numel(), detail)
+
+    def calibration(self, subject: Subject) -> Calibration:
+        """Return 32 windows of the calibration texts, in batches of 4."""
+        windows = _cut(_stream(subject, self._corpus().calibration), self._window(subject), None)
+        return Calibration(tuple({"input_ids": rows} for rows in _spread(windows, 32).split(4)))
+
+    def evaluate(self, subject: Subject, engine: Any, group: Group, reference: Path | None, keep: Path | None) -> Samples:
+        """Return a row a window: sums of negative log likelihood (nats), tokens, bytes, hits; and the agreement with the baseline."""
+        _, windows = self._evaluated(subject)
+        rows = group.rows(len(windows))
+        baseline = Answers.read(reference) if reference else None
+        first = max(1, windows.shape[1] - (self.stride or windows.shape[1]))
+        positions = windows.shape[1] - first
+        kept = kept_positions(len(windows), positions, subject.module.config.vocab_size)  # type: ignore[union-attr,arg-type]
+        scored: list[dict[str, float]] = []
+        top1, distributions = [], []
+        for index, logits in _logits(subject.module, windows[rows], first):
+            window = windows[rows][index]
+            log_probabilities = logits[kept].log_softmax(-1)
+            row = _score(subject, window, logits, first)
+            if baseline is not None:
+                row |= _agreement(logits, log_probabilities, baseline, rows.start + index)
+            scored.append(row)
+            if keep is not None:
+                top1.append(logits.argmax(-1).int())
+                distributions.append(log_probabilities)
+        greedy = self._continue(subject, engine, group)
+        if keep is not None:
+            mine = greedy[group.rows(len(greedy))]
+            Answers(torch.stack(top1), torch.stack(distributions), mine).write(keep, group.rank)
+        columns = _columns(group.join(scored))
+        if baseline is not None:
+            columns["greedy_equal"] = (greedy == baseline.greedy).double().mean(1).numpy()
+        return columns
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """Perplexity first; the last three exist only against the baseline."""
+
+        def share(over: str, under: str, scale: float = 1.0) -> dict[str, Any]:
+            return {
+                "estimate": lambda c: c[over].sum(-1) / c[under].sum(-1) * scale,
+                "each": lambda c: c[over] / c[under] * scale,
+            }
+
+        return (
+            Metric(
+                "perplexity",
+                "",
+                False,
+                estimate=lambda c: np.exp(c["nats"].sum(-1) / c["tokens"].sum(-1)),
+                each=lambda c: np.exp(c["nats"] / c["tokens"]),
+            ),
+            Metric("bits_per_byte", "bits", False, **share("nats", "bytes", 1 / math.log(2))),
+            Metric("token_accuracy", "share", True, **share("hits", "tokens")),
+            Metric("kl_divergence", "nats", False, relative=True, **share("divergence", "kept")),
+            Metric("top1_agreement", "share", True, relative=True, **share("agreed", "tokens")),
+            Metric("greedy_match", "share", True, lambda c: c["greedy_equal"].mean(-1), lambda c: c["greedy_equal"], relative=True),
+        )
+
+    def prompts(self, subject: Subject, count: int, length: int) -> Tensor:
+        """Return beginnings of evaluation windows; for a subject without a tokenizer, random ids from a fixed seed."""
+        if subject.tokenizer is None:
+            vocabulary: int = subject.module.config.vocab_size  # type: ignore[union-attr,assignment]
+            return torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+        windows = _cut(_stream(subject, self._corpus().evaluation), length, None)
+        return _spread(windows.repeat(-(-count // len(windows)), 1), count)
+
+    def _continue(self, subject: Subject, engine: Any, group: Group) -> Tensor:
+        prompts = self.prompts(subject, _PROMPTS, _PROMPT_TOKENS)
+        mine = prompts[group.rows(len(prompts))]
+        tokens = [engine.prefill(mine).argmax(-1)] if len(mine) else []
+        while tokens and len(tokens) < _CONTINUED_TOKENS:
+            tokens.append(engine.step(tokens[-1]).argmax(-1))
+        engine.reset()
+        return torch.tensor(group.join(torch.stack(tokens, 1).tolist() if tokens else []))
+
+    def _evaluated(self, subject: Subject) -> tuple[Corpus, Tensor]:
+        corpus = self._corpus()
+        windows = _cut(_stream(subject, corpus.evaluation), self._window(subject), self.stride)
+        return corpus, _spread(windows, max(1, self.tokens // windows.shape[1]))
+
+    def _window(self, subject: Subject) -> int:
+        longest = getattr(subject.module.config, "max_position_embeddings", None) or self.window
+        return min(self.window, longest) if isinstance(longest, int) else self.window
+
+    def _corpus(self) -> Corpus:
+        if isinstance(self.corpus, TextFiles):
+            return file_corpus(self.corpus.files, self.corpus.column)
+        if isinstance(self.corpus, HubText):
+            return hub_corpus(self.corpus.hub, self.corpus.subset, self.corpus.split, self.corpus.column)
+        if self.corpus == "python":
+            return python_corpus()
+        return file_corpus((self.corpus,), "text")
+
+
+def _stream(subject: Subject, texts: tuple[str, ...]) -> Tensor:
+    """Return the token ids of all texts in a row, each begun by the tokenizer's first special token where it has one."""
+    if subject.tokenizer is None:
+        raise DataError(f"model {subject.source!r} has no tokenizer, so no text can be given to it")
+    if not texts:
+        raise DataError("the corpus has too little text to set some aside for calibration; give more")
+    begin = next((i for i in (subject.tokenizer.bos_token_id, subject.tokenizer.eos_token_id) if i is not None), None)
+    encoded = subject.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return torch.tensor([token for ids in encoded for token in ([] if begin is None else [begin]) + ids])
+
+
+def _cut(stream: Tensor, window: int, stride: int | None) -> Tensor:
+    """Return (w, window) windows; the last, incomplete one is left out unless it is the only one."""
+    if stream.numel() < 2:
+        raise DataError("the corpus is too short: not two tokens")
+    window = min(window, stream.numel())
+    return stream.unfold(0, window, stride or window)
+
+
+def _spread(windows: Tensor, count: int) -> Tensor:
+    """Return at most ``count`` rows, evenly spread."""
+    if len(windows) <= count:
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+
+
+@torch.inference_mode()
+def _logits(module: nn.Module, windows: Tensor, first: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield for each window its number and the float32 logits (t, v) that predict its tokens from ``first`` on."""
+    vocabulary: int = module.config.vocab_size  # type: ignore[union-attr,assignment]
+    together = max(1, min(8, _LOGIT_BYTES // (4 * windows.shape[1] * vocabulary)))
+    for start in range(0, len(windows), together):
+        batch = module(input_ids=windows[start : start + together], use_cache=False).logits
+        for offset, logits in enumerate(batch):
+            yield start + offset, logits[first - 1 : -1].float()
+
+
+def _score(subject: Subject, window: Tensor, logits: Tensor, first: int) -> dict[str, float]:
+    wanted = window[first:]
+    text = subject.tokenizer.decode(wanted, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return {
+        "nats": float(nn.functional.cross_entropy(logits, wanted, reduction="sum")),
+        "tokens": float(wanted.numel()),
+        "bytes": float(max(1, len(text.encode()))),
+        "hits": float((logits.argmax(-1) == wanted).sum()),
+    }
+
+
+def _agreement(logits: Tensor, log_probabilities: Tensor, baseline: Answers, row: int) -> dict[str, float]:
+    before = baseline.log_probabilities[row]
+    divergence = (before.exp() * (before - log_probabilities)).sum()
+    return {
+        "agreed": float((logits.argmax(-1) == baseline.top1[row]).sum()),
+        "divergence": float(divergence),
+        "kept": float(len(before)),
+    }
+
+
+def _columns(rows: list[dict[str, float]]) -> dict[str, Any]:
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,38 @@
+"""All transforms. A new one is one file and one line in ``TRANSFORMS``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from optkit.core.registry import Registry
+from optkit.core.subject import Calibration
+from optkit.transforms.contract import Plan, Stage, Transform, name_of
+
+if TYPE_CHECKING:
+    from optkit.transforms.dtype import Dtype as Dtype
+    from optkit.transforms.parallel.data_parallel import DataParallel as DataParallel
+    from optkit.transforms.prune.drop_layers import DropLayers as DropLayers
+    from optkit.transforms.prune.magnitude import Magnitude as Magnitude
+    from optkit.transforms.quantize.int4 import Int4 as Int4
+    from optkit.transforms.quantize.int8 import Int8 as Int8
+
+TRANSFORMS: Registry[Transform] = Registry(
+    "transform",
+    {
+        "magnitude": "optkit.transforms.prune.magnitude:Magnitude",
+        "drop_layers": "optkit.transforms.prune.drop_layers:DropLayers",
+        "dtype": "optkit.transforms.dtype:Dtype",
+        "int8": "optkit.transforms.quantize.int8:Int8",
+        "int4": "optkit.transforms.quantize.int4:Int4",
+        "data_parallel": "optkit.transforms.parallel.data_parallel:DataParallel",
+    },
+)
+
+__all__ = ["TRANSFORMS", "Calibration", "DataParallel", "DropLayers", "Dtype", "Int4", "Int8", "Magnitude", "Plan", "Stage", "Transform"]
+
+
+def __getattr__(name: str) -> Any:
+    word = name_of(type(name, (), {}))
+    if word in TRANSFORMS:
+        return TRANSFORMS[word]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

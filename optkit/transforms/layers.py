@@ -1,0 +1,101 @@
+"""What transforms need to know about a model's layers: which hold weight matrices, which are tied, and which block list is the depth."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from optkit.core.errors import TransformError
+
+_KNOWN_HOLDERS = (nn.Linear, nn.Embedding, Conv1D, nn.LayerNorm, nn.RMSNorm)
+
+
+def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Return every layer that multiplies by a weight matrix: ``nn.Linear``, its kin, and transformers' ``Conv1D``, by dotted name."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, Conv1D)) and name}
+
+
+def output_head(module: nn.Module) -> str | None:
+    """Return the name of the layer that makes logits, or None where the model has none."""
+    find = getattr(module, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return next((name for name, layer in module.named_modules() if layer is head), None) if head is not None else None
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """Return the weight as (out_features, in_features), whichever way the layer stores it."""
+    weight = layer.weight
+    if not isinstance(weight, Tensor):
+        raise TransformError(f"{type(layer).__name__} has no weight tensor")
+    return weight.detach().T if isinstance(layer, Conv1D) else weight.detach()
+
+
+def tied_embedding(module: nn.Module, layer: nn.Module) -> str | None:
+    """Return the name of the embedding that shares its weight with ``layer``, or None."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return None
+    return next((name for name, other in module.named_modules() if isinstance(other, nn.Embedding) and other.weight is weight), None)
+
+
+def replace_layer(module: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put ``layer`` in the place of the submodule called ``name``."""
+    parent, _, attribute = name.rpartition(".")
+    module.get_submodule(parent).register_module(attribute, layer)
+
+
+def refuse_hidden_weights(module: nn.Module, excluded: tuple[str, ...], doing: str) -> None:
+    """Refuse a model that keeps matrices where a transform of linear layers would silently miss them, such as fused experts.
+
+    Raises:
+        TransformError: names the layers, their share of all parameters, and the way to leave them as they are.
+    """
+    from optkit.core.targets import matches
+
+    total = sum(parameter.numel() for parameter in module.parameters())
+    holders: Counter[str] = Counter()
+    kinds = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, _KNOWN_HOLDERS) or any(matches(pattern, name) for pattern in excluded):
+            continue
+        hidden = sum(parameter.numel() for parameter in layer.parameters(recurse=False) if parameter.ndim >= 2)
+        if hidden * 100 > total:
+            holders[name] = hidden
+            kinds[name] = type(layer).__name__
+    if holders:
+        first, size = next(iter(holders.items()))
+        share = sum(holders.values()) / total
+        raise TransformError(
+            f"{doing} cannot reach {len(holders)} layers that keep their weights outside linear layers ({share:.0%} of all parameters), "
+            f"such as {first} ({kinds[first]}, {size:,} weights); exclude them by name to leave them as they are: "
+            f"targets: {{exclude: ['*.{first.rpartition('.')[2]}']}}"
+        )
+
+
+def blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the name and the list of the model's repeated blocks, its depth.
+
+    Raises:
+        TransformError: there is no list of at least two blocks of one class, or more than one such list is equally long.
+    """
+    lists = {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.ModuleList) and len(layer) > 1 and len({type(block) for block in layer}) == 1
+    }
+    outer = {name: layer for name, layer in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
+    if not outer:
+        raise TransformError(f"{type(module).__name__} has no list of repeated blocks")
+    depth = max(len(layer) for layer in outer.values())
+    longest = [name for name, layer in outer.items() if len(layer) == depth]
+    if len(longest) > 1:
+        raise TransformError(f"{type(module).__name__} has several lists of {depth} blocks: {', '.join(longest)}")
+    return longest[0], outer[longest[0]]
+
+
+def is_on_meta(module: nn.Module) -> bool:
+    """Say whether the module has shapes only."""
+    return any(parameter.device == torch.device("meta") for parameter in module.parameters())

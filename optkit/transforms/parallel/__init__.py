@@ -1,0 +1,1 @@
+"""Placement on several processes."""

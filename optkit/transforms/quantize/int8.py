@@ -1,0 +1,32 @@
+"""Weight-only int8, one scale per output row. Activations stay as they are, so accuracy is nearly free."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from optkit.core.subject import Calibration
+from optkit.core.targets import Targets
+from optkit.kernels.int8 import Int8Linear
+from optkit.transforms.contract import Plan, Stage, Transform
+from optkit.transforms.quantize.packing import pack_layers, selected
+
+
+class Int8(Transform):
+    """Linear layers, the output head and an embedding tied to it, packed in 8 bits and run packed."""
+
+    stage: ClassVar[Stage] = Stage.QUANTIZE
+    targets: Targets = Field(default=Targets(), description="linear layers to quantize")
+
+    def check(self, plan: Plan) -> None:
+        """Refuse patterns that match nothing and weights that would be missed."""
+        if not isinstance(plan.subject.module, nn.Linear):
+            selected(plan.subject.module, self.targets, "int8")
+
+    def change(self, module: nn.Module, data: Calibration | None) -> nn.Module:
+        """Return the module with packed layers."""
+        if not isinstance(module, nn.Linear):
+            selected(module, self.targets, "int8")
+        return pack_layers(module, self.targets, Int8Linear.from_weight, Int8Linear.from_weight)

@@ -1,0 +1,63 @@
+"""Replaces linear layers by packed ones, head and embedding included. Which number format is packed is the caller's business."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from optkit.core.targets import Targets
+from optkit.kernels.int8 import Int8Embedding, Int8Linear
+from optkit.transforms.layers import linear_layers, output_head, refuse_hidden_weights, replace_layer, tied_embedding, weight_of
+
+Pack = Callable[[Tensor, Tensor | None], nn.Linear]
+
+
+def pack_layers(module: nn.Module, targets: Targets, pack: Pack, pack_head: Pack) -> nn.Module:
+    """Replace the selected linear layers in place and return the module.
+
+    Layers that are packed already are left alone. A head that shares its weight with the embedding is packed in int8 together
+    with it, so that the two stay tied.
+    """
+    if isinstance(module, nn.Linear):
+        return pack(module.weight.detach(), _bias(module))
+    layers = candidates(module)
+    head = output_head(module)
+    for name in targets.select(layers):
+        layer = layers[name]
+        embedding = tied_embedding(module, layer)
+        if embedding is not None:
+            _pack_tied(module, embedding, name, layer)
+        else:
+            packed = (pack_head if name == head else pack)(weight_of(layer), _bias(layer))
+            packed.compute_dtype = weight_of(layer).dtype
+            replace_layer(module, name, packed)
+    return module
+
+
+def candidates(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers that are not packed yet."""
+    return {name: layer for name, layer in linear_layers(module).items() if "weight" in layer._parameters}
+
+
+def selected(module: nn.Module, targets: Targets, doing: str) -> dict[str, nn.Module]:
+    """Return the layers that packing would change, after refusing models whose weights would be missed."""
+    refuse_hidden_weights(module, targets.exclude, doing)
+    layers = candidates(module)
+    return {name: layers[name] for name in targets.select(layers)}
+
+
+def _pack_tied(module: nn.Module, embedding_name: str, head_name: str, head: nn.Module) -> None:
+    embedding = module.get_submodule(embedding_name)
+    assert isinstance(embedding, nn.Embedding)
+    packed = Int8Embedding.from_embedding(embedding)
+    packed.compute_dtype = embedding.weight.dtype
+    tied = Int8Linear.tied_to(packed, _bias(head))
+    tied.compute_dtype = embedding.weight.dtype
+    replace_layer(module, embedding_name, packed)
+    replace_layer(module, head_name, tied)
+
+
+def _bias(layer: nn.Module) -> Tensor | None:
+    bias = layer.bias
+    return bias.detach() if isinstance(bias, Tensor) else None

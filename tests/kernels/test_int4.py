@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from optkit.core.errors import TransformError
+from optkit.kernels.int4 import Int4Linear, dequantize_groups, int4_linear_reference, quantize_groups
+from optkit.kernels.layout import groups_from_kernel, groups_to_kernel, pack_nibbles, unpack_nibbles
+
+
+def squared_error(weight: torch.Tensor, group_size: int, clip_search: bool) -> torch.Tensor:
+    q, scale, zero = quantize_groups(weight, group_size, clip_search)
+    error = dequantize_groups(q, scale, zero, torch.float64) - weight.double()
+    return error.square().unflatten(1, (-1, group_size)).sum(dim=-1)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_without_search_no_weight_is_off_by_much_more_than_half_a_scale(group_size: int) -> None:
+    weight = torch.randn(50, 256) * torch.logspace(-4, 4, 50)[:, None] + 0.1
+    q, scale, zero = quantize_groups(weight, group_size, clip_search=False)
+    assert q.shape == (50, 128) and q.dtype == torch.uint8
+    assert scale.shape == zero.shape == (50, 256 // group_size) and scale.dtype == zero.dtype == torch.bfloat16
+    error = (dequantize_groups(q, scale, zero) - weight).abs().unflatten(1, (-1, group_size))
+    assert (error <= 0.56 * scale.float()[..., None] + zero.float().abs()[..., None] / 128).all()
+
+
+def test_the_search_never_makes_a_group_worse_and_mostly_better() -> None:
+    weight = torch.cat([torch.randn(40, 256), torch.randn(40, 256) ** 3, torch.rand(40, 256) + 5])
+    plain, searched = squared_error(weight, 64, False), squared_error(weight, 64, True)
+    assert (searched <= plain * 1.0001 + 1e-12).all()
+    assert searched.sum() < 0.97 * plain.sum()
+
+
+def test_a_group_of_one_value_keeps_it_to_bfloat16() -> None:
+    weight = torch.tensor([0.0, 0.1, -3.3, 1e-30, 1e30])[:, None].expand(5, 64)
+    torch.testing.assert_close(dequantize_groups(*quantize_groups(weight, 32)), weight, rtol=2**-8, atol=0)
+
+
+def test_four_bytes_a_group_are_all_that_is_added() -> None:
+    q, scale, zero = quantize_groups(torch.randn(32, 256), 64)
+    assert (q.nbytes + scale.nbytes + zero.nbytes) / (32 * 256) == 0.5625
+
+
+@pytest.mark.parametrize(
+    ("in_features", "group_size", "remedy"), [(96, 64, "use 32"), (256, 96, "use 32 or 64 or 128"), (40, 32, "exclude")]
+)
+def test_int4_refuses_a_group_size_that_does_not_divide(in_features: int, group_size: int, remedy: str) -> None:
+    with pytest.raises(TransformError, match=f"group size {group_size} .* {in_features}; .*{remedy}"):
+        quantize_groups(torch.randn(4, in_features), group_size)
+    with pytest.raises(TransformError, match=remedy):
+        Int4Linear.empty(in_features, 4, group_size)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity_are_refused_with_the_row(bad: float) -> None:
+    weight = torch.randn(9, 64)
+    weight[4, 40] = bad
+    for search in (False, True):
+        with pytest.raises(TransformError, match="in 1 of 9 rows, first in row 4"):
+            quantize_groups(weight, 32, search)
+
+
+def test_the_layout_of_the_kernels_is_exact_both_ways() -> None:
+    for rows, cols, group_size in [(1, 32, 32), (16, 64, 64), (33, 256, 128), (100, 96, 32)]:
+        q = torch.randint(0, 16, (rows, cols), dtype=torch.uint8)
+        scale, zero = (torch.randn(rows, cols // group_size).bfloat16() for _ in range(2))
+        packed = pack_nibbles(q)
+        torch.testing.assert_close(unpack_nibbles(packed), q, rtol=0, atol=0)
+        kernel = groups_to_kernel(packed, scale, zero)
+        assert kernel.shape == (-(-rows // 16), cols // group_size, 8 * group_size + 64)
+        for back, tensor in zip(groups_from_kernel(kernel, rows, cols), (packed, scale, zero), strict=True):
+            torch.testing.assert_close(back, tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_the_reference_and_the_layer_agree(backend: str, group_size: int) -> None:
+    weight, bias = torch.randn(40, 256), torch.randn(40)
+    layer = Int4Linear.from_weight(weight, bias, group_size)
+    for rows, limit in ((1, 1e-4), (20, 0.2)):
+        x = torch.randn(rows, 256)
+        torch.testing.assert_close(layer(x), int4_linear_reference(x, *quantize_groups(weight, group_size), bias), rtol=0, atol=limit)
+
+
+def test_the_bytes_for_one_token_are_counted() -> None:
+    layer = Int4Linear.from_linear(nn.Linear(128, 8), group_size=64)
+    assert layer.weight_bytes == 8 * 64 + 8 * 2 * 4 + 8 * 4
