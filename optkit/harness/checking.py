@@ -13,26 +13,26 @@ from optkit.core.subject import Subject
 from optkit.measure.latency import Latency
 from optkit.models.artefact import distinct_tensors
 from optkit.models.sources import outline_model
+from optkit.recipe.reading import line_of
 from optkit.recipe.schema import Recipe
 from optkit.transforms import Plan
 
 _SPARE_BYTES = 64 * 2**20
 
 
-def check_recipe(recipe: Recipe, name: str, trust_remote_code: bool = False, subject: Subject | None = None) -> Subject:
+def check_recipe(recipe: Recipe, name: str, trust_remote_code: bool = False) -> Subject:
     """Run every transform's check on shapes alone and return the outline of the result.
 
     Args:
         recipe: what to check.
-        name: what to call the recipe in messages.
+        name: the recipe's file, for messages; its lines are named where it is one.
         trust_remote_code: as given on the command line.
-        subject: the outline of the model; default: the recipe's model.
 
     Raises:
-        ProblemsError: the first transform that cannot work, with the layer, the number and the fix; and all after it that can be
-            judged without its result.
+        ProblemsError: every transform that cannot work, with the layer, the number and the fix; those after it are judged
+            without its result.
     """
-    outline = subject or outline_model(recipe.model, trust_remote_code)
+    outline = outline_model(recipe.model, trust_remote_code)
     latency = recipe.measure.get("latency")
     sizes = latency.batch_sizes if isinstance(latency, Latency) else (1,)
     problems = []
@@ -42,7 +42,7 @@ def check_recipe(recipe: Recipe, name: str, trust_remote_code: bool = False, sub
                 step.check(Plan(outline, tuple(sizes), recipe.threads or torch.get_num_threads()))
                 outline = step.preview(outline)
         except OptkitError as error:
-            problems.append(Problem(0, f"transforms[{position}].{step.step().name}", str(error)))
+            problems.append(Problem(line_of(name, ("transforms", position)), f"transforms[{position}].{step.step().name}", str(error)))
     if problems:
         raise ProblemsError(name, problems)
     return outline

@@ -57,10 +57,14 @@ class RunFolder:
                 return folder
         raise OptkitError(f"all unfinished runs in {parent} are being worked on by other processes")
 
+    def has(self, name: str) -> bool:
+        """Say whether a stage is finished."""
+        return (self.work / f"{name}.json").exists()
+
     def stage(self, name: str, make: Callable[[], Any]) -> Any:
         """Return the result of a stage: the one that is kept, or a new one. Results are plain JSON."""
         path = self.work / f"{name}.json"
-        if path.exists():
+        if self.has(name):
             return files.read_json(path)
         shutil.rmtree(self.work / name, ignore_errors=True)  # of a stage that was interrupted before its result was written
         result = make()

@@ -136,14 +136,13 @@ class Workers:
     def __init__(self, name: str, threads: int, folder: Path, ranks: int = 1) -> None:
         self.name = name
         self.facts: dict[str, Any] = {}
+        self._started = False
         meeting = folder / f".{name}-{time.monotonic_ns()}.meeting"
         self._members: list[Worker] = []
         try:
             for rank in range(ranks):
                 label = name if ranks == 1 else f"{name} rank {rank}"
                 self._members.append(Worker(label, threads, folder / f"{name}.log", rank, ranks, meeting))
-            for member in self._members:
-                member.answer(STARTUP_S)
         except BaseException:
             self.end()
             raise
@@ -154,6 +153,10 @@ class Workers:
 
     def ask_all(self, do: str, deadline_s: float = DEADLINE_S, tell: Tell | None = None, **arguments: Any) -> list[Any]:
         """Give all ranks one command and return all answers."""
+        if not self._started:
+            for member in self._members:
+                member.answer(STARTUP_S)
+            self._started = True
         for member in self._members:
             member.send(do, **arguments)
         return [member.answer(deadline_s, tell) for member in self._members]
@@ -166,8 +169,12 @@ class Workers:
         try:
             yield
         finally:
-            for member in self._members:
-                member.pause()
+            self.pause()
+
+    def pause(self) -> None:
+        """Stand still, all ranks."""
+        for member in self._members:
+            member.pause()
 
     def end(self) -> None:
         """End all ranks."""
@@ -180,6 +187,26 @@ class Workers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.end()
+
+
+class LazyWorkers:
+    """Workers that are started by the first one who calls for them, and ended with the block."""
+
+    def __init__(self, start: Callable[[], Workers]) -> None:
+        self._start = start
+        self._workers: Workers | None = None
+
+    def __call__(self) -> Workers:
+        if self._workers is None:
+            self._workers = self._start()
+        return self._workers
+
+    def __enter__(self) -> LazyWorkers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._workers is not None:
+            self._workers.end()
 
 
 def _environment(threads: int, rank: int, ranks: int) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 
 from optkit.core import files
 from optkit.harness.folder import RunFolder
-from optkit.harness.processes import Workers
+from optkit.harness.processes import LazyWorkers, Workers
 from optkit.harness.trial import Schedule, take_turns
 from optkit.measure.latency import Latency
 from optkit.models.artefact import MANIFEST
@@ -17,6 +18,7 @@ from optkit.recipe.schema import Recipe
 
 BASELINE, OPTIMIZED, AGAIN = "baseline", "optimized", "baseline-again"
 _REFERENCES = ("bfloat16", "float32")
+_QUALITY = "quality-"
 Progress = Callable[[str, float | None], None]
 
 
@@ -36,79 +38,84 @@ class Stages:
 
     def all(self) -> dict[str, Any]:
         """Return the results of all stages, as plain data."""
-        baseline = self._folder.stage(
-            BASELINE, lambda: self._prepare(BASELINE, self._recipe.baseline.dtype if self._recipe.baseline else None)
-        )
-        optimized = self._folder.stage(OPTIMIZED, self._transform)
-        results: dict[str, Any] = {"baseline": baseline, "artefacts": {BASELINE: self._size(BASELINE), OPTIMIZED: self._size(OPTIMIZED)}}
-        references = [] if self._workload else [dtype for dtype in _REFERENCES if dtype != baseline["dtype"]]
-        for dtype in references:
-            self._folder.stage(dtype, partial(self._prepare, dtype, dtype))
-            results["artefacts"][dtype] = self._size(dtype)
-        results["ranks"] = {OPTIMIZED: optimized["replicas"], **dict.fromkeys([BASELINE, AGAIN, *references], baseline["replicas"])}
-        results["quality"] = self._qualities(baseline, references) if "quality" in self._recipe.measure else {}
-        results["timing"], results["opened"] = self._timings(baseline["kind"], references, results["ranks"])
-        return results
-
-    def _prepare(self, name: str, dtype: str | None) -> Any:
-        with self._workers(name) as worker:
-            return worker.ask(
-                "baseline",
-                tell=self._tell(name),
-                recipe=self._plain,
-                folder=str(self._folder.work / name),
-                dtype=dtype,
-                trust_remote_code=self._trust,
-                workload=self._workload,
-            )
-
-    def _transform(self) -> Any:
-        with self._workers(OPTIMIZED) as worker:
-            return worker.ask(
-                "transform",
-                tell=self._tell(OPTIMIZED),
-                recipe=self._plain,
-                baseline=str(self._folder.work / BASELINE),
-                folder=str(self._folder.work / OPTIMIZED),
-                workload=self._workload,
-            )
-
-    def _qualities(self, baseline: dict[str, Any], references: list[str]) -> dict[str, Any]:
-        if baseline["card"] is None:
-            return {}
-        found = {BASELINE: self._folder.stage("answers", lambda: self._evaluate(BASELINE, 1, None))}
-        for name in (OPTIMIZED, *references):
-            found[name] = self._folder.stage(f"quality-{name}", partial(self._evaluate, name, self._replicas(name), "answers"))
-        return found
-
-    def _evaluate(self, name: str, ranks: int, reference: str | None) -> Any:
-        self._progress(f"judging the quality of {name}", None)
-        with self._workers(name, ranks) as workers:
-            workers.ask("open", recipe=self._plain, folder=str(self._folder.work / name), workload=self._workload)
-            if reference is not None:
-                return workers.ask("evaluate", reference=str(self._folder.work / reference), keep=None)
-            with files.build_folder(self._folder.work / "answers") as aside:
-                return workers.ask("evaluate", reference=None, keep=str(aside))
-
-    def _timings(self, kind: str, references: list[str], ranks: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Open every arm, let them take turns at each batch size, and ask for their memory at the end."""
-        meter = self._recipe.measure.get("latency")
-        sizes = list(meter.batch_sizes) if isinstance(meter, Latency) else []
-        kept = {size: self._folder.work / f"timing-{size}.json" for size in sizes}
-        if all(path.exists() for path in kept.values()) and (self._folder.work / "opened.json").exists():
-            return {str(size): files.read_json(path) for size, path in kept.items()}, files.read_json(self._folder.work / "opened.json")
+        baseline, optimized, references = self._prepare_all()
+        names = [BASELINE, OPTIMIZED, AGAIN, *references]
+        ranks = dict.fromkeys(names, baseline["replicas"]) | {OPTIMIZED: optimized["replicas"]}
+        pending = [stage for stage in self._measuring(baseline, references) if not self._folder.has(stage)]
         with ExitStack() as stack:
-            arms = {}
-            for name in (BASELINE, OPTIMIZED, AGAIN, *references):
-                self._progress(f"opening {name}", None)
-                arms[name] = stack.enter_context(self._workers(name, ranks[name]))
-                place = self._folder.work / (BASELINE if name == AGAIN else name)
-                with arms[name].awake():
-                    answer = arms[name].ask("open", recipe=self._plain, folder=str(place), workload=self._workload)
-                arms[name].facts = answer
-            timing = {str(size): self._folder.stage(f"timing-{size}", partial(self._timing, arms, size, kind)) for size in sizes}
+            arms = self._open(names, ranks, stack) if pending else {}
+            timing = {str(size): self._folder.stage(f"timing-{size}", partial(self._timing, arms, size, baseline["kind"])) for size in self._sizes()}
             opened = self._folder.stage("opened", lambda: {name: self._facts(workers) for name, workers in arms.items()})
-        return timing, opened
+            quality = {
+                stage.removeprefix(_QUALITY): self._folder.stage(stage, partial(self._evaluate, arms, stage.removeprefix(_QUALITY)))
+                for stage in self._measuring(baseline, references)
+                if stage.startswith(_QUALITY)
+            }
+        sizes = {name: self._size(name) for name in names if name != AGAIN}
+        return {"baseline": baseline, "artefacts": sizes, "timing": timing, "opened": opened, "quality": quality}
+
+    def _measuring(self, baseline: dict[str, Any], references: list[str]) -> list[str]:
+        """Return the names of the stages that need the arms to be open, in order; the baseline is judged before the others."""
+        judged = "quality" in self._recipe.measure and baseline["card"] is not None
+        quality = [f"{_QUALITY}{name}" for name in (BASELINE, OPTIMIZED, *references)] if judged else []
+        return [*(f"timing-{size}" for size in self._sizes()), "opened", *quality]
+
+    def _sizes(self) -> tuple[int, ...]:
+        meter = self._recipe.measure.get("latency")
+        return meter.batch_sizes if isinstance(meter, Latency) else ()
+
+    def _prepare_all(self) -> tuple[Any, Any, list[str]]:
+        """Save the artefacts of all arms, one after another in one process."""
+        with LazyWorkers(lambda: self._workers("preparing")) as worker:
+            dtype = self._recipe.baseline.dtype if self._recipe.baseline else None
+            baseline = self._folder.stage(BASELINE, partial(self._prepare, worker, BASELINE, dtype))
+            optimized = self._folder.stage(OPTIMIZED, partial(self._transform, worker))
+            references = [] if self._workload else [name for name in _REFERENCES if name != baseline["dtype"]]
+            for name in references:
+                self._folder.stage(name, partial(self._prepare, worker, name, name))
+        return baseline, optimized, references
+
+    def _prepare(self, worker: LazyWorkers, name: str, dtype: str | None) -> Any:
+        return worker().ask(
+            "baseline",
+            tell=self._tell(name),
+            recipe=self._plain,
+            folder=str(self._folder.work / name),
+            dtype=dtype,
+            trust_remote_code=self._trust,
+            workload=self._workload,
+        )
+
+    def _transform(self, worker: LazyWorkers) -> Any:
+        return worker().ask(
+            "transform",
+            tell=self._tell(OPTIMIZED),
+            recipe=self._plain,
+            baseline=str(self._folder.work / BASELINE),
+            folder=str(self._folder.work / OPTIMIZED),
+            workload=self._workload,
+        )
+
+    def _open(self, names: list[str], ranks: dict[str, int], stack: ExitStack) -> dict[str, Workers]:
+        """Open every arm from its artefact, in its own process; afterwards all stand still."""
+        self._progress(f"starting {sum(ranks.values())} processes", None)
+        arms = {name: stack.enter_context(self._workers(name, ranks[name])) for name in names}
+        for name, workers in arms.items():
+            self._progress(f"opening {name}", None)
+            place = self._folder.work / (BASELINE if name == AGAIN else name)
+            workers.facts = workers.ask("open", recipe=self._plain, folder=str(place), workload=self._workload)
+            workers.pause()
+        return arms
+
+    def _evaluate(self, arms: dict[str, Workers], name: str) -> Any:
+        self._progress(f"judging the quality of {name}", None)
+        answers = self._folder.work / "answers"
+        with arms[name].awake():
+            if name != BASELINE:
+                return arms[name].ask("evaluate", reference=str(answers), keep=None)
+            shutil.rmtree(answers, ignore_errors=True)  # of a stage that was interrupted
+            with files.build_folder(answers) as aside:
+                return arms[name].ask("evaluate", reference=None, keep=str(aside))
 
     def _timing(self, arms: dict[str, Workers], size: int, kind: str) -> Any:
         meter = self._recipe.measure["latency"]
@@ -128,10 +135,6 @@ class Stages:
 
     def _workers(self, name: str, ranks: int = 1) -> Workers:
         return Workers(name, self._threads, self._folder.work, ranks)
-
-    def _replicas(self, name: str) -> int:
-        replicas: int = files.read_json(self._folder.work / name / MANIFEST)["replicas"]
-        return replicas
 
     def _size(self, name: str) -> int:
         listed = files.read_json(self._folder.work / name / MANIFEST)["files"]

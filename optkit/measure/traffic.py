@@ -21,7 +21,7 @@ def weight_bytes_per_token(module: nn.Module) -> int:
         if isinstance(layer, nn.Embedding):
             tables.append(layer)
         elif hasattr(layer, "weight_bytes"):
-            total += layer.weight_bytes  # type: ignore[operator]
+            total += int(layer.weight_bytes)  # type: ignore[arg-type]
         else:
             for tensor in layer.parameters(recurse=False):
                 if id(tensor) not in seen:

@@ -38,10 +38,10 @@ def save(model: nn.Module | Subject, folder: str | Path) -> None:
     with files.build_folder(Path(folder), MANIFEST) as aside:
         module = subject.module
         if is_pretrained(module):
-            module.config.save_pretrained(aside)  # type: ignore[union-attr]
+            module.config.save_pretrained(aside)  # type: ignore[operator,union-attr]
             generation = getattr(module, "generation_config", None)
             if generation is not None:
-                generation.save_pretrained(aside)  # type: ignore[operator]
+                generation.save_pretrained(aside)
         if subject.tokenizer is not None:
             subject.tokenizer.save_pretrained(aside)
         _save_tensors(distinct_tensors(module), aside)
@@ -113,8 +113,7 @@ def _structure(subject: Subject) -> dict[str, Any]:
             partner = getattr(layer, "tied", None)
             layers[name] = {
                 "layer": words[type(layer)],
-                "layout": layer.layout(),  # type: ignore[operator]
-                "dtype": str(layer.compute_dtype).removeprefix("torch."),
+                "layout": layer.layout(),
                 "tied_to": names[id(partner)] if partner is not None else None,
             }
     return {
@@ -164,7 +163,6 @@ def _insert_layers(module: nn.Module, layers: dict[str, Any]) -> None:
             layer = kind.tied_to(module.get_submodule(entry["tied_to"]), bias)
         else:
             layer = kind.empty(**entry["layout"])
-        layer.compute_dtype = getattr(torch, entry["dtype"])
         parent, _, attribute = name.rpartition(".")
         if not name:
             raise ArtefactError("a packed layer cannot be the whole model")
@@ -176,7 +174,8 @@ def _assign(module: nn.Module, folder: Path) -> None:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # Copied out of the file mapping: an arm must not be timed on another kind of memory than its rival.
+                tensors |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ArtefactError(f"{path} is damaged: {error}") from None
     missing = sorted(distinct_tensors(module).keys() - tensors.keys())

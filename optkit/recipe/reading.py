@@ -51,6 +51,12 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
     return _built("recipe", _Sheet(copy, faults=[(Place("", 0), fault) for fault in faults], broken=bool(faults)))
 
 
+def line_of(path: str, trail: Trail) -> int:
+    """Return the line of a recipe file on which a value is written; 0 where it is not in that file, or there is no such file."""
+    raw = _read(Path(path))
+    return 0 if isinstance(raw, str) else parse_recipe(raw).lines.get(trail, 0)
+
+
 @dataclass
 class _Sheet:
     """The data of a file with all it extends, where each value was written, and what is wrong so far.
@@ -73,7 +79,7 @@ def _built(file: str, sheet: _Sheet) -> Recipe:
     if recipe is None or faults:
         problems = sorted({_problem(place, fault, extends) for place, fault in faults})
         more = len(problems) - MOST_PROBLEMS
-        rest = [Problem(problems[-1].line, "", f"and {more} more problems")] if more > 0 else []
+        rest = [Problem(problems[MOST_PROBLEMS - 1].line, "\u2026", f"and {more} more problems")] if more > 0 else []
         raise ProblemsError(file, [*problems[:MOST_PROBLEMS], *rest])
     return recipe
 

@@ -13,6 +13,7 @@ from optkit.recipe.scalars import forbidden_character, scalar
 from optkit.recipe.trail import Fault, Trail, quoted, shown
 
 MOST_BYTES = 1_000_000
+MOST_LINES = 10_000
 MOST_DEPTH = 32
 MOST_VALUES = 10_000
 LONGEST_KEY = 200
@@ -54,6 +55,8 @@ def parse_text(text: str) -> Document:
     if found:
         position, name = found
         return _refusal(text.count("\n", 0, position) + 1, f"the character {name} is not allowed; remove it")
+    if len(text.splitlines()) > MOST_LINES:
+        return _refusal(0, f"the file has more than {MOST_LINES:,} lines; a recipe is a few lines")
     return _Reader(text).document()
 
 

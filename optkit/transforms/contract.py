@@ -5,15 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, overload
 
 from torch import nn
 
 from optkit.core.settings import Settings
 from optkit.core.subject import Calibration, Execution, Step, Subject
-
-Model = TypeVar("Model", Subject, nn.Module)
-
 
 class Stage(IntEnum):
     """The order in which transforms can follow one another; equal stages may repeat."""
@@ -64,14 +61,19 @@ class Transform(Settings):
         """Return the subject as it would look afterwards, on the meta device. Override where ``change`` needs data."""
         return self.apply(subject)
 
-    def apply(self, model: Model, data: Calibration | None = None) -> Model:
+    @overload
+    def apply(self, model: Subject, data: Calibration | None = None) -> Subject: ...
+    @overload
+    def apply(self, model: nn.Module, data: Calibration | None = None) -> nn.Module: ...
+    def apply(self, model: Subject | nn.Module, data: Calibration | None = None) -> Subject | nn.Module:
         """Return the model with this transform applied; a subject's history grows by one step.
 
         The given module is used up: its layers may be replaced in place.
         """
-        if isinstance(model, Subject):
-            return replace(model, module=self.change(model.module, data), history=(*model.history, self.step()))
-        return cast(Model, self.change(model, data))
+        if isinstance(model, nn.Module):
+            return self.change(model, data)
+        changed = self.change(model.module, data)
+        return replace(model, module=changed, history=(*model.history, self.step()))
 
     def step(self) -> Step:
         """Return this transform as an entry of a history."""

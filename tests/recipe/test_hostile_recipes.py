@@ -32,18 +32,19 @@ measure:
   memory: {}
 limits: {perplexity: 1.05, tpot_ms: 6e-1}
 """
-PIECES = ["name", "model", "shape:", "transforms", "int4", "int8", "group_size", "targets", "measure", "latency", "task", "limits", "extends"]
-PIECES += [": ", ":", "\n", "\n  ", "- ", "{", "}", "[", "]", ",", "&a ", "*a", "!!python/object ", "<<", "'", '"', "|\n", ">\n", "? ", "#", "%YAML 1.1\n"]
-PIECES += ["---\n", "...\n", "1e-5", "012", "9" * 30, "null", "~", "true", "no", "../", "\t", "\\x", "\r", "\x00", "\x85", "\ufeff", "é", "\\U00110000"]
+PIECES = ["name", "model", "shape:", "transforms", "int4", "int8", "group_size", "targets", "measure", "latency", "task", "limits"]
+PIECES += ["extends", ": ", ":", "\n", "\n  ", "- ", "{", "}", "[", "]", ",", "&a ", "*a", "!!python/object ", "<<", "'", '"', "|\n"]
+PIECES += [">\n", "? ", "#", "%YAML 1.1\n", "---\n", "...\n", "1e-5", "012", "9" * 30, "null", "~", "true", "no", "../", "\t", "\\x"]
+PIECES += ["\r", "\x00", "\x85", "\ufeff", "é", "\\U00110000"]
 
 examples = settings(
     max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], print_blob=True
 )
 words = st.sampled_from(PIECES) | st.text(max_size=5)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(PIECES) | st.text(max_size=20)
-trees = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(PIECES) | st.text(max_size=5), inner, max_size=4), max_leaves=20
-)
+names = st.sampled_from(PIECES) | st.text(max_size=5)
+trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4), max_leaves=20)
+steps = st.sampled_from([*PIECES, "0", "1", ".", "[0]", "[", "]"])
 keys = st.sampled_from([*Recipe.model_fields, "extends"])
 
 
@@ -104,7 +105,7 @@ def test_random_data_from_python(data: dict[str, Any]) -> None:
 
 
 @examples
-@given(path=st.lists(st.sampled_from([*PIECES, "0", "1", ".", "[0]", "[", "]"]), max_size=6).map("".join), value=st.lists(words, max_size=5).map("".join))
+@given(path=st.lists(steps, max_size=6).map("".join), value=st.lists(words, max_size=5).map("".join))
 def test_random_overrides(place: Path, path: str, value: str) -> None:
     judge(place, VALID.encode(), f"{path}={value}")
     judge(place, VALID.encode(), f"transforms[1].int4.{path}={value}", f"measure.{path}={value}")
@@ -120,7 +121,8 @@ def test_a_hundred_megabytes_are_not_read(place: Path) -> None:
 def test_nothing_in_a_recipe_runs(place: Path, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     call = f"!!python/object/apply:pathlib.Path.touch [{canary}]"
-    for text in (f"name: a\nthreads: {call}\n", f"{call}: a\n", f"name: a\ntransforms: [{call}]\n", f"name: ${{touch {canary}}}\n"):
+    for text in (f"name: a\nthreads: {call}\n", f"{call}: a\n", f"name: a\ntransforms: [{call}]\n", f"name: $(touch {canary})\n"):
+        place.write_text(text)
         with pytest.raises(ProblemsError):
-            load_recipe(place.with_name("hostile.yaml") if place.with_name("hostile.yaml").write_text(text) else place)
+            load_recipe(place)
     assert not canary.exists()

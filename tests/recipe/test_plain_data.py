@@ -11,9 +11,9 @@ from optkit.recipe import recipe_from_dict
 
 
 def test_lists_and_tuples_are_the_same(stand_ins: Any) -> None:
-    sizes = {"latency": {"batch_sizes": (1, 8)}}
-    recipe = recipe_from_dict({"name": "a", "transforms": ({"int8": {}}, "int4"), "measure": sizes})
-    assert recipe == recipe_from_dict({"name": "a", "transforms": ["int8", {"int4": None}], "measure": {"latency": {"batch_sizes": [1, 8]}}})
+    one: dict[str, Any] = {"name": "a", "transforms": ({"int8": {}}, "int4"), "measure": {"latency": {"batch_sizes": (1, 8)}}}
+    other = {"name": "a", "transforms": ["int8", {"int4": None}], "measure": {"latency": {"batch_sizes": [1, 8]}}}
+    assert recipe_from_dict(one) == recipe_from_dict(other)
 
 
 def test_the_given_data_is_left_alone(stand_ins: Any) -> None:

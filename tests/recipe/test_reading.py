@@ -85,7 +85,8 @@ def test_a_denied_file_is_refused_for_everybody(tmp_path: Path, monkeypatch: pyt
 
 
 def test_mappings_merge_and_lists_replace(tmp_path: Path) -> None:
-    base = "name: base\nthreads: 2\ntransforms: [magnitude]\nmeasure: {latency: {new_tokens: 8, seconds: 5}, quality: {}}\nlimits: {perplexity: 2}\n"
+    base = "name: base\nthreads: 2\ntransforms: [magnitude]\nlimits: {perplexity: 2}\n"
+    base += "measure: {latency: {new_tokens: 8, seconds: 5}, quality: {}}\n"
     own = "extends: base.yaml\nname: own\ntransforms: [int8, int4]\nmeasure: {latency: {new_tokens: 16}}\nlimits: {tpot_ms: 1}\n"
     recipe: Any = load_recipe(write(tmp_path, own=own, base=base))
     assert (recipe.name, recipe.threads, len(recipe.transforms)) == ("own", 2, 2)

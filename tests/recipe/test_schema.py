@@ -74,4 +74,4 @@ def test_objects_out_of_order_are_refused(stand_ins: Any) -> None:
 def test_a_recipe_is_frozen(read: Callable[..., Recipe]) -> None:
     recipe = read("name: a\n")
     with pytest.raises(ValidationError, match="frozen"):
-        recipe.seed = 5  # type: ignore[misc]
+        recipe.seed = 5

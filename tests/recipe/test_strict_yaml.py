@@ -125,6 +125,10 @@ def test_a_file_over_the_limit_is_refused_and_one_at_the_limit_is_read() -> None
     assert not parse_recipe(b"a: " + b"x" * (MOST_BYTES - 3)).faults
 
 
+def test_too_many_lines_are_refused_before_they_are_read() -> None:
+    assert "more than 10,000 lines" in only("a: |\n" + " x\n" * 10_000)[1]
+
+
 def test_a_byte_order_mark_in_front_is_no_part_of_the_first_key() -> None:
     assert parse_recipe(b"\xef\xbb\xbfname: x\n").data == {"name": "x"}
 

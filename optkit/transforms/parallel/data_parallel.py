@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, overload
 
 from pydantic import Field
 from torch import nn
 
 from optkit.core.errors import TransformError
 from optkit.core.subject import Calibration, Subject
-from optkit.transforms.contract import Model, Plan, Stage, Transform
+from optkit.transforms.contract import Plan, Stage, Transform
 
 
 class DataParallel(Transform):
@@ -30,7 +30,11 @@ class DataParallel(Transform):
                 f"measure.latency.batch_sizes needs one of at least {self.size}"
             )
 
-    def apply(self, model: Model, data: Calibration | None = None) -> Model:
+    @overload
+    def apply(self, model: Subject, data: Calibration | None = None) -> Subject: ...
+    @overload
+    def apply(self, model: nn.Module, data: Calibration | None = None) -> nn.Module: ...
+    def apply(self, model: Subject | nn.Module, data: Calibration | None = None) -> Subject | nn.Module:
         """Return the subject, to be opened by a group of ranks.
 
         Raises:

@@ -30,7 +30,6 @@ def pack_layers(module: nn.Module, targets: Targets, pack: Pack, pack_head: Pack
             _pack_tied(module, embedding, name, layer)
         else:
             packed = (pack_head if name == head else pack)(weight_of(layer), _bias(layer))
-            packed.compute_dtype = weight_of(layer).dtype
             replace_layer(module, name, packed)
     return module
 
@@ -51,9 +50,7 @@ def _pack_tied(module: nn.Module, embedding_name: str, head_name: str, head: nn.
     embedding = module.get_submodule(embedding_name)
     assert isinstance(embedding, nn.Embedding)
     packed = Int8Embedding.from_embedding(embedding)
-    packed.compute_dtype = embedding.weight.dtype
     tied = Int8Linear.tied_to(packed, _bias(head))
-    tied.compute_dtype = embedding.weight.dtype
     replace_layer(module, embedding_name, packed)
     replace_layer(module, head_name, tied)
 
