@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -21,7 +22,8 @@ from optkit.cli.listing import list_names
 from optkit.cli.run import run_command
 from optkit.cli.schema import schema
 from optkit.cli.verify import verify
-from optkit.core.errors import OptkitError, StoppedError
+from optkit.core.errors import OptkitError
+from optkit.core.files import refusals
 
 app = typer.Typer(
     name="optkit",
@@ -41,24 +43,47 @@ app.command("verify")(verify)
 
 def main() -> NoReturn:
     """Run the command line and exit with the code that says how it went."""
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        app()
+        code = _called()
+        with refusals(Path("standard output")):
+            sys.stdout.flush()
     except OptkitError as error:
         sys.stderr.write(f"{error}\n")
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+        code = error.exit_code
+    except KeyboardInterrupt as stop:
         sys.stderr.write("stopped\n")
-        sys.exit(130)
+        code = getattr(stop, "exit_code", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        code = 141
     except Exception:  # what reaches this place is our own mistake
         traceback.print_exc()
         sys.stderr.write("this is a failure of optkit itself; please report it with the lines above\n")
-        sys.exit(70)
-    sys.exit(0)
+        code = 70
+    if code in (4, 141):  # what could not be printed is given up, or the interpreter would try again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)
 
 
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    raise StoppedError("stopped by SIGTERM; finished stages are kept: go on with --resume", 128 + number)
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM. Like Ctrl-C it must not be taken for a failure of the library in which it strikes."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def _called() -> int:
+    """Call the command and return its exit code. Typer turns signals and broken pipes into exits; here they are themselves again."""
+    try:
+        app()
+    except SystemExit as done:
+        cause: BaseException | None = done
+        while cause is not None:
+            if isinstance(cause, KeyboardInterrupt | BrokenPipeError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    return 0

@@ -6,13 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from optkit.core.errors import ArtefactError, ResourceError
+from optkit.core.errors import ArtefactError, OptkitError, ResourceError
 
 MANIFEST = "manifest.json"
 
@@ -56,7 +57,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtefactError(f"{path} is missing") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ArtefactError(f"{path} cannot be read: {error}") from None
 
 
@@ -68,9 +69,9 @@ def build_folder(path: Path, manifest: str = MANIFEST) -> Iterator[Path]:
         ArtefactError: ``path`` exists and is not an empty folder.
         ResourceError: the disk is full, read-only or not writable for this user.
     """
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ArtefactError(f"{path} exists already and is not overwritten; choose another folder")
     with refusals(path):
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise ArtefactError(f"{path} exists already and is not overwritten; choose another folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
         shutil.rmtree(aside, ignore_errors=True)
@@ -97,14 +98,18 @@ def new_folder(parent: Path) -> Path:
                 number += 1
 
 
-def seal(folder: Path, manifest: str = MANIFEST) -> None:
+def seal(folder: Path, manifest: str = MANIFEST, without: Iterable[str] = ()) -> None:
     """Flush every file of the folder to disk and write their digests last, into the manifest.
 
+    ``without`` names entries of the folder that are no part of what is sealed.
     A JSON object that stands in the manifest's place already is kept; the digests are added under ``files``.
     """
     note = read_json(folder / manifest) if (folder / manifest).exists() else {"schema": 1}
     files = {}
+    left_out = tuple(without)
     for path in sorted(_files(folder, manifest)):
+        if path.relative_to(folder).parts[0] in left_out:
+            continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
         files[path.relative_to(folder).as_posix()] = {"sha256": digest(path), "size": path.stat().st_size}
@@ -124,6 +129,8 @@ def verify(folder: Path, manifest: str = MANIFEST) -> dict[str, Any]:
         raise ArtefactError(f"{folder / manifest} lists no files: it is not a manifest")
     wrong = []
     for name, entry in content["files"].items():
+        if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
+            raise ArtefactError(f"{folder / manifest} has no size and digest for {name}: it is damaged")
         path = folder / name
         if not path.is_file():
             wrong.append(f"{name}: missing")
@@ -150,7 +157,7 @@ def refusals(place: Path) -> Iterator[None]:
     """Turn the operating system's refusals into one clear error that names the place."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:  # libraries written in Rust raise kinds of their own, with the system's number in the text
         reasons = {
             errno.ENOSPC: "the disk is full",
             errno.EFBIG: "the file would be larger than allowed",
@@ -160,9 +167,17 @@ def refusals(place: Path) -> Iterator[None]:
             errno.EPERM: "permission denied",
             errno.EMFILE: "too many open files",
         }
-        if error.errno not in reasons:
+        number = _system_number(error)
+        if number not in reasons:
             raise
-        raise ResourceError(f"cannot write {place}: {reasons[error.errno]}; free space or choose another folder with --out") from None
+        raise ResourceError(f"cannot write {place}: {reasons[number]}; free space or choose another folder with --out") from None
+
+
+def _system_number(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = None if isinstance(error, OptkitError) else re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def _files(folder: Path, manifest: str) -> Iterator[Path]:

@@ -56,11 +56,12 @@ class Registry(Generic[T], Mapping[str, type[T]]):
     def _read_plugins(self) -> None:
         if self._plugins_read:
             return
-        self._plugins_read = True
+        entries = dict(self._entries)
         for point in entry_points(group=f"optkit.{self.kind}s"):
-            if point.name in self._entries:
+            if point.name in entries:
                 raise OptkitError(f"package {point.dist and point.dist.name!r} registers {self.kind} {point.name!r}, which exists already")
-            self._entries[point.name] = point.value
+            entries[point.name] = point.value
+        self._entries, self._plugins_read = entries, True
 
 
 def did_you_mean(name: str, known: Mapping[str, object] | list[str]) -> str:

@@ -18,15 +18,19 @@ class Targets(Settings):
     include: tuple[str, ...] = Field(default=("*",), description="patterns of layers to change")
     exclude: tuple[str, ...] = Field(default=(), description="patterns of layers to leave alone")
 
-    def select(self, names: Iterable[str]) -> list[str]:
+    def select(self, names: Iterable[str], others: Iterable[str] = ()) -> list[str]:
         """Return the names that an include pattern matches and no exclude pattern does.
+
+        Args:
+            names: the layers that can be selected.
+            others: layers that never are, but that an exclude pattern may name without matching nothing.
 
         Raises:
             TargetError: a pattern matches none of the names, or nothing is left.
         """
-        known = list(names)
+        known, spared = list(names), list(others)
         for pattern in (*self.include, *self.exclude):
-            if not any(matches(pattern, name) for name in known):
+            if not any(matches(pattern, name) for name in (known if pattern in self.include else known + spared)):
                 shown = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "")
                 last_parts = sorted({name.rpartition(".")[2] for name in known})
                 raise TargetError(

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from optkit.core.errors import DataError, MissingError
 from optkit.data import python_sources
@@ -100,6 +101,7 @@ def split(name: str, texts: Iterable[str]) -> Corpus:
         cuts = [len(text) // _CALIBRATION_SHARE for text in documents]
         calibration = [text[:cut] for text, cut in zip(documents, cuts, strict=True) if cut]
         evaluation = [text[cut:] for text, cut in zip(documents, cuts, strict=True)]
+        calibration = [text for text in calibration if text not in set(evaluation)]
     return _filled(Corpus(name, tuple(calibration), tuple(evaluation)))
 
 
@@ -110,13 +112,16 @@ def _filled(corpus: Corpus) -> Corpus:
 
 
 def _expand(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        raise DataError(f"corpus: {pattern!r} is a folder; name the files, such as '{pattern.rstrip('/')}/*.txt'")
-    root = Path(path.anchor) if path.is_absolute() else Path()
-    return sorted(found for found in root.glob(str(path.relative_to(path.anchor))) if found.is_file())
+    try:
+        path = Path(pattern).expanduser()
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            raise DataError(f"corpus: {pattern!r} is a folder; name the files, such as '{pattern.rstrip('/')}/*.txt'")
+        root = Path(path.anchor) if path.is_absolute() else Path()
+        return sorted(found for found in root.glob(str(path.relative_to(path.anchor))) if found.is_file())
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, '**' within a word, an unknown '~user'
+        raise DataError(f"corpus: {pattern!r} is no file and no pattern: {error}") from None
 
 
 def _read(path: Path, column: str) -> list[str]:
@@ -136,13 +141,16 @@ def _read(path: Path, column: str) -> list[str]:
 
 def _read_jsonl(path: Path, column: str) -> list[str]:
     texts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Only line feeds part rows: JSON texts may hold the other characters that splitlines() would cut at.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path} row {number} is no JSON: {error}") from None
+            if isinstance(row, dict) and isinstance(row.get(column), str):
+                row[column].encode()
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} row {number} is no JSON in UTF-8: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise DataError(f"{path} row {number} has no text field {column!r}; it has {fields}")
@@ -160,6 +168,10 @@ def _read_parquet(path: Path, column: str) -> list[str]:
         names = parquet.read_schema(path).names
         if column not in names:
             raise DataError(f"{path} has no column {column!r}; it has {', '.join(names)}")
-        return [text for text in parquet.read_table(path, columns=[column])[column].to_pylist() if isinstance(text, str)]
+        texts: list[Any] = parquet.read_table(path, columns=[column])[column].to_pylist()
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is no readable Parquet file: {error}") from None
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise DataError(f"{path} row {number} has no text in column {column!r}, but {type(text).__name__}")
+    return texts

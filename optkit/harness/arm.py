@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -101,12 +102,12 @@ class Arm:
         }
 
     def do_evaluate(self, reference: str | None, keep: str | None) -> dict[str, Any]:
-        """Judge the opened subject; the samples come back as lists."""
+        """Judge the opened subject; the samples come back as lists, with None for what is not finite."""
         arm = self._arm()
         columns = arm.task.evaluate(
             arm.subject, arm.engine, self._group, Path(reference) if reference else None, Path(keep) if keep else None
         )
-        return {name: np.asarray(column).tolist() for name, column in columns.items()}
+        return {name: [x if math.isfinite(x) else None for x in np.asarray(column).tolist()] for name, column in columns.items()}
 
     def do_session(self, recipe: dict[str, Any], batch_size: int) -> dict[str, Any]:
         """Begin a timed measurement at one batch size and warm it up by a whole request; the time of that is told apart."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -18,7 +19,6 @@ from optkit.report import record
 from optkit.tasks import Task
 
 _TOLERANCES = {"peak_memory_bytes": 0.02, "artefact_bytes": 0.001}
-_LABELS = {BASELINE: "before", OPTIMIZED: "after", AGAIN: "before, again"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class _Arms:
 
     def rises(self, metric: str) -> bool:
         """Say whether more of this metric is better."""
-        sampled, counted = self.sampled[BASELINE].get(metric), self.counted[BASELINE].get(metric)
+        sampled, counted = self.sampled.get(BASELINE, {}).get(metric), self.counted[BASELINE].get(metric)
         return sampled.metric.higher_is_better if sampled else counted is not None and counted.higher_is_better
 
     def measurements(self, arm: str) -> dict[str, record.Metric]:
@@ -71,7 +71,7 @@ def assemble(
     """Return the report of a run whose stages are finished."""
     arms = _gather(recipe, task, results)
     names = list(results["opened"])
-    noise = _compare(arms, AGAIN, {})
+    noise = [replace(entry, verdict=statistics.noise_verdict(_as_ratio(entry))) for entry in _compare(arms, AGAIN, {})]
     floors = {entry.metric: entry for entry in noise}
     comparisons = [entry for name in names if name not in (BASELINE, AGAIN) for entry in _compare(arms, name, floors)]
     limits = _limits(recipe, arms, comparisons)
@@ -114,7 +114,7 @@ def _gather(recipe: Recipe, task: Task, results: dict[str, Any]) -> _Arms:
             for metric in meter.metrics(int(size), generates):
                 arms.sample(name, _Sampled(metric, columns_of(rounds), every))
     for name, lists in results["quality"].items():
-        columns = {key: np.array(values) for key, values in lists.items()}
+        columns = {key: np.array(values, dtype=np.float64) for key, values in lists.items()}  # null is NaN
         for metric in task.metrics():
             if not (metric.relative and name == BASELINE):
                 arms.sample(name, _Sampled(metric, columns))
@@ -125,14 +125,14 @@ def _gather(recipe: Recipe, task: Task, results: dict[str, Any]) -> _Arms:
 
 def _count(arms: _Arms, name: str, facts: dict[str, Any], results: dict[str, Any], memory: bool) -> None:
     if memory and results["timing"]:
-        ranks = facts["memory"]
+        served = [timing["memory"][name] for timing in results["timing"].values()]
         arms.count(
             name,
             "peak_memory_bytes",
             "bytes",
-            sum(rank["peak_bytes"] for rank in ranks),
-            ranks=len(ranks),
-            runtime_bytes=sum(rank["runtime_bytes"] for rank in ranks),
+            max(sum(rank["peak_bytes"] for rank in ranks) for ranks in served),
+            ranks=facts["ranks"],
+            runtime_bytes=sum(rank["runtime_bytes"] for rank in served[0]),
             opening_peak_bytes=facts["opening_peak_bytes"],
         )
     if name in results["artefacts"]:
@@ -166,8 +166,8 @@ def _compare(arms: _Arms, name: str, floors: dict[str, Comparison]) -> list[Comp
 def _as_ratio(entry: Comparison) -> statistics.Ratio | None:
     if entry.ratio is None or entry.low is None or entry.high is None:
         return None
-    half_width = float(np.log(entry.high / entry.low) / 2)
-    return statistics.Ratio(entry.before, entry.after, float(np.log(entry.ratio)), half_width)
+    half_width = math.log(entry.high / entry.low) / 2 if entry.low > 0 else math.inf
+    return statistics.Ratio(entry.before, entry.after, math.log(entry.ratio), half_width)
 
 
 def _arm(name: str, results: dict[str, Any], arms: _Arms) -> record.Arm:
@@ -177,7 +177,7 @@ def _arm(name: str, results: dict[str, Any], arms: _Arms) -> record.Arm:
     if facts["kernels"]:
         notes.append(f"kernels: {facts['kernels']}")
     return record.Arm(
-        label=_LABELS.get(name, f"untouched, {name}"),
+        label=", ".join(step["name"] for step in facts["history"]) or "untouched",
         history=tuple(record.StepRecord(**step) for step in facts["history"]),
         execution=facts["execution"],
         opens_in=facts["opens_in"],

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from optkit.core.errors import OptkitError, Problem, ProblemsError, ResourceError
-from optkit.core.subject import Subject
+from optkit.core.registry import did_you_mean
+from optkit.core.subject import Kind, Subject
+from optkit.harness.workloads import task_for
 from optkit.measure.latency import Latency
 from optkit.models.artefact import distinct_tensors
 from optkit.models.sources import outline_model
 from optkit.recipe.reading import line_of
 from optkit.recipe.schema import Recipe
+from optkit.tasks import Task
 from optkit.transforms import Plan
 
 _SPARE_BYTES = 64 * 2**20
+_ARTEFACTS_BYTES = 12  # a weight: as it is stored, optimized, and as bfloat16 and float32
 
 
-def check_recipe(recipe: Recipe, name: str, trust_remote_code: bool = False) -> Subject:
-    """Run every transform's check on shapes alone and return the outline of the result.
+@dataclass(frozen=True)
+class Checked:
+    """What the shapes told: the outline of the result, the task it is judged by, and the disk that a run takes at most."""
+
+    outline: Subject
+    task: Task
+    disk_bytes: int
+
+
+def check_recipe(recipe: Recipe, name: str, trust_remote_code: bool = False) -> Checked:
+    """Run every transform's check on shapes alone, and look at what is measured and limited.
 
     Args:
         recipe: what to check.
@@ -30,12 +44,14 @@ def check_recipe(recipe: Recipe, name: str, trust_remote_code: bool = False) -> 
 
     Raises:
         ProblemsError: every transform that cannot work, with the layer, the number and the fix; those after it are judged
-            without its result.
+            without its result. Every limit on a metric that this recipe does not measure.
     """
     outline = outline_model(recipe.model, trust_remote_code)
+    task = task_for(recipe, outline.kind)
+    weights = sum(tensor.numel() for tensor in distinct_tensors(outline.module).values())
+    problems = [*_positions(recipe, name, outline), *_metrics(recipe, name, task, outline.kind)]
     latency = recipe.measure.get("latency")
     sizes = latency.batch_sizes if isinstance(latency, Latency) else (1,)
-    problems = []
     for position, step in enumerate(recipe.transforms):
         try:
             with torch.device("meta"):
@@ -45,19 +61,62 @@ def check_recipe(recipe: Recipe, name: str, trust_remote_code: bool = False) -> 
             problems.append(Problem(line_of(name, ("transforms", position)), f"transforms[{position}].{step.step().name}", str(error)))
     if problems:
         raise ProblemsError(name, problems)
-    return outline
+    return Checked(outline, task, weights * _ARTEFACTS_BYTES + _SPARE_BYTES)
 
 
-def refuse_small_disk(outline: Subject, copies: float, folder: Path) -> None:
+def check_metrics(recipe: Recipe, name: str, task: Task, kind: Kind) -> None:
+    """Look at what a recipe measures and limits.
+
+    Raises:
+        ProblemsError: every limit on a metric that is not measured, or that has no ratio to the baseline.
+    """
+    problems = list(_metrics(recipe, name, task, kind))
+    if problems:
+        raise ProblemsError(name, problems)
+
+
+def refuse_small_disk(need_bytes: int, folder: Path) -> None:
     """Refuse a run whose artefacts would not fit on the disk.
 
     Raises:
         ResourceError: with the bytes needed and the bytes free.
     """
-    need = int(sum(tensor.numel() * 4 for tensor in distinct_tensors(replace(outline).module).values()) * copies) + _SPARE_BYTES
     existing = next(place for place in (folder, *folder.resolve().parents) if place.exists())
     free = shutil.disk_usage(existing).free
-    if need > free:
+    if need_bytes > free:
         raise ResourceError(
-            f"the run needs about {need / 1e9:.1f} GB in {folder}, and {free / 1e9:.1f} GB are free; choose another folder with --out"
+            f"the run needs about {need_bytes / 1e9:.2f} GB in {folder}, and {free / 1e9:.2f} GB are free; choose another folder with --out"
         )
+
+
+def _metrics(recipe: Recipe, name: str, task: Task, kind: Kind) -> Iterator[Problem]:
+    if "memory" in recipe.measure and "latency" not in recipe.measure:
+        message = "needs latency beside it: it is the peak while requests are served"
+        yield Problem(line_of(name, ("measure", "memory")), "measure.memory", message)
+    known = _compared(recipe, task, kind)
+    for metric in recipe.limits:
+        if metric not in known:
+            message = f"{metric!r} is not compared with the baseline by this recipe{did_you_mean(metric, known)}"
+            yield Problem(line_of(name, ("limits", metric)), f"limits.{metric}", message)
+
+
+def _compared(recipe: Recipe, task: Task, kind: Kind) -> list[str]:
+    """Return the names of all metrics for which a report has the ratio to the baseline."""
+    names = ["artefact_bytes", "weight_bytes_per_token"]
+    latency = recipe.measure.get("latency")
+    if isinstance(latency, Latency):
+        names += [metric.name for size in latency.batch_sizes for metric in latency.metrics(size, kind == "causal-lm")]
+    if "memory" in recipe.measure:
+        names.append("peak_memory_bytes")
+    if "quality" in recipe.measure:
+        names += [metric.name for metric in task.metrics() if not metric.relative]
+    return names
+
+
+def _positions(recipe: Recipe, name: str, outline: Subject) -> Iterator[Problem]:
+    latency = recipe.measure.get("latency")
+    most = getattr(getattr(outline.module, "config", None), "max_position_embeddings", None)
+    if isinstance(latency, Latency) and isinstance(most, int) and latency.prompt_tokens + latency.new_tokens > most:
+        wanted = latency.prompt_tokens + latency.new_tokens
+        message = f"prompt_tokens and new_tokens make {wanted} positions together, and the model has {most}"
+        yield Problem(line_of(name, ("measure", "latency")), "measure.latency", message)

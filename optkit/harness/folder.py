@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,7 +36,8 @@ class RunFolder:
         with files.refusals(folder.path):
             folder.work.mkdir(mode=0o700)
         folder._take()
-        files.write_json(folder.work / _INPUTS, inputs)
+        with folder._freed_on_failure():
+            files.write_json(folder.work / _INPUTS, inputs)
         return folder
 
     @classmethod
@@ -51,9 +53,9 @@ class RunFolder:
         for path in numbers:
             folder = cls(path)
             if folder._take(wait=False):
-                folder._refuse_changed(inputs)
-                for left in folder.work.glob(".*"):
-                    shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+                with folder._freed_on_failure():
+                    folder._refuse_changed(inputs)
+                    folder._sweep()
                 return folder
         raise OptkitError(f"all unfinished runs in {parent} are being worked on by other processes")
 
@@ -72,8 +74,13 @@ class RunFolder:
         return result
 
     def keep_artefact(self, name: str) -> None:
-        """Move an artefact out of the work folder and remove the rest."""
-        (self.work / name).rename(self.path / "artefact")
+        """Move an artefact out of the work folder, unless that is done."""
+        if (self.work / name).exists():
+            (self.work / name).rename(self.path / "artefact")
+
+    def finish(self) -> None:
+        """Seal the result, and only then remove what a resumed run would need."""
+        files.seal(self.path, without=(self.work.name,))
         shutil.rmtree(self.work)
 
     def _refuse_changed(self, inputs: dict[str, Any]) -> None:
@@ -88,22 +95,44 @@ class RunFolder:
 
     def _take(self, wait: bool = True) -> bool:
         """Lock the folder; the system frees the lock when this process ends, however it ends."""
-        handle = os.open(self.work / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            handle = os.open(self.work / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:  # finished by another process just now
+            return False
         try:
             fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
             return False
         self._lock = handle
+        if files.is_sealed(self.path):
+            self._free()
+            return False
         return True
+
+    def _sweep(self) -> None:
+        """Remove what a killed process has left of files and folders it was still writing."""
+        for left in (*self.work.glob(".*"), *self.path.glob(".*.aside")):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+    @contextmanager
+    def _freed_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._free()
+            raise
+
+    def _free(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._free()
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -56,9 +56,8 @@ def model_digest(recipe: Recipe) -> str | None:
 def data_digest(recipe: Recipe) -> str | None:
     """Return one digest for the files of a corpus; None for the bundled one, whose texts the report names by their own digest."""
     corpus = getattr(recipe.task, "corpus", None)
-    if isinstance(corpus, TextFiles):
-        return _digest(sorted(path for pattern in corpus.files for path in _matching(pattern)))
-    return None
+    patterns = corpus.files if isinstance(corpus, TextFiles) else [corpus] if isinstance(corpus, str) and corpus != "python" else []
+    return _digest(sorted(path for pattern in patterns for path in _matching(pattern))) if patterns else None
 
 
 def _matching(pattern: str) -> list[Path]:

@@ -38,7 +38,7 @@ class Worker:
         self._log = log
         self._pending = b""
         answers, theirs = os.pipe()
-        command = [sys.executable, "-m", "optkit.harness.worker", "--answers", str(theirs), "--parent", str(os.getpid())]
+        command = [sys.executable, "-P", "-m", "optkit.harness.worker", "--answers", str(theirs), "--parent", str(os.getpid())]
         command += ["--threads", str(threads), "--rank", str(rank), "--ranks", str(ranks), "--meeting", str(meeting or "")]
         with log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -53,29 +53,33 @@ class Worker:
         os.close(theirs)
         self._answers = answers
 
+    def fileno(self) -> int:
+        """Return what ``select`` waits on for an answer."""
+        return self._answers
+
     def send(self, do: str, **arguments: Any) -> None:
-        """Send a command; ``answer`` waits for what comes back."""
+        """Send a command; ``hear`` takes what comes back."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write((json.dumps({"do": do, "with": arguments}) + "\n").encode())
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise self._death() from None
+            raise self.death() from None
 
-    def answer(self, deadline_s: float = DEADLINE_S, tell: Tell | None = None) -> Any:
-        """Wait for the answer to the last command.
+    def hear(self, tell: Tell | None = None) -> list[Any]:
+        """Read what has come, and return the answer to the last command if it is among it: a list of one, else of none.
 
         Raises:
             Refused: the worker refused, with a message for the user.
-            ArmError: it failed, died, or did not answer in time.
+            ArmError: it failed or died.
             ResourceError: it was killed, most likely for memory.
         """
-        end = time.monotonic() + deadline_s
-        while True:
-            line = self._line(end - time.monotonic())
-            if line is None:
-                raise ArmError(f"{self.name} did not answer within {deadline_s:.0f} s; its log is {self._log}")
-            message = json.loads(line)
+        piece = os.read(self._answers, 1 << 16)
+        if not piece:
+            raise self.death()
+        *lines, self._pending = (self._pending + piece).split(b"\n")
+        answers = []
+        for message in map(json.loads, lines):
             if "progress" in message:
                 if tell is not None:
                     tell(message["progress"])
@@ -84,7 +88,23 @@ class Worker:
             elif "failed" in message:
                 raise ArmError(f"{self.name} failed: {message['failed']}; its log is {self._log}")
             else:
-                return message["done"]
+                answers.append(message["done"])
+        return answers
+
+    def is_dead(self, within_s: float = 0.0) -> bool:
+        """Say whether the process has ended, or ends within this time."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=within_s)
+        return self._process.returncode is not None
+
+    def death(self) -> OptkitError:
+        """Return how the process ended, as an error."""
+        self.is_dead(within_s=5)
+        code = self._process.returncode
+        if code == -signal.SIGKILL:
+            return ResourceError(f"{self.name} was killed by the system, most likely because memory ran out; its log is {self._log}")
+        how = f"by signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
+        return ArmError(f"{self.name} ended {how}; its log is {self._log}")
 
     def pause(self) -> None:
         """Stop the process, threads and all, so that it takes nothing from the one that is timed."""
@@ -103,28 +123,6 @@ class Worker:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
 
-    def _line(self, seconds: float) -> bytes | None:
-        end = time.monotonic() + seconds
-        while b"\n" not in self._pending:
-            ready, _, _ = select.select([self._answers], [], [], max(0.0, end - time.monotonic()))
-            if not ready:
-                return None
-            piece = os.read(self._answers, 1 << 16)
-            if not piece:
-                raise self._death()
-            self._pending += piece
-        line, _, self._pending = self._pending.partition(b"\n")
-        return line
-
-    def _death(self) -> OptkitError:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=5)
-        code = self._process.returncode
-        if code == -signal.SIGKILL:
-            return ResourceError(f"{self.name} was killed by the system, most likely because memory ran out; its log is {self._log}")
-        how = f"by signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
-        return ArmError(f"{self.name} ended {how}; its log is {self._log}")
-
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
@@ -137,12 +135,13 @@ class Workers:
         self.name = name
         self.facts: dict[str, Any] = {}
         self._started = False
+        self._log = folder / f"{name}.log"
         meeting = folder / f".{name}-{time.monotonic_ns()}.meeting"
         self._members: list[Worker] = []
         try:
             for rank in range(ranks):
                 label = name if ranks == 1 else f"{name} rank {rank}"
-                self._members.append(Worker(label, threads, folder / f"{name}.log", rank, ranks, meeting))
+                self._members.append(Worker(label, threads, self._log, rank, ranks, meeting))
         except BaseException:
             self.end()
             raise
@@ -154,12 +153,11 @@ class Workers:
     def ask_all(self, do: str, deadline_s: float = DEADLINE_S, tell: Tell | None = None, **arguments: Any) -> list[Any]:
         """Give all ranks one command and return all answers."""
         if not self._started:
-            for member in self._members:
-                member.answer(STARTUP_S)
+            self._gather(STARTUP_S, None)
             self._started = True
         for member in self._members:
             member.send(do, **arguments)
-        return [member.answer(deadline_s, tell) for member in self._members]
+        return self._gather(deadline_s, tell)
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
@@ -182,6 +180,32 @@ class Workers:
             member.end()
         self._members.clear()
 
+    def _gather(self, deadline_s: float, tell: Tell | None) -> list[Any]:
+        """Take the answers of all ranks as they come: whoever fails first is named, while the others still wait for it."""
+        end = time.monotonic() + deadline_s
+        found: dict[Worker, Any] = {}
+        while len(found) < len(self._members):
+            waiting = [member for member in self._members if member not in found]
+            ready, _, _ = select.select(waiting, [], [], max(0.0, end - time.monotonic()))
+            if not ready:
+                names = ", ".join(member.name for member in waiting)
+                raise ArmError(f"{names} did not answer within {deadline_s:.0f} s; the log is {self._log}")
+            for member in ready:
+                try:
+                    answers = member.hear(tell)
+                except ArmError:
+                    self._blame_the_dead(member)
+                    raise
+                if answers:
+                    found[member] = answers[0]
+        return [found[member] for member in self._members]
+
+    def _blame_the_dead(self, failed: Worker) -> None:
+        """Raise for a rank that has died, if there is one: that another one failed for want of it is no news."""
+        for member in self._members:
+            if member is not failed and member.is_dead(within_s=0.2):
+                raise member.death() from None
+
     def __enter__(self) -> Workers:
         return self
 
@@ -197,6 +221,7 @@ class LazyWorkers:
         self._workers: Workers | None = None
 
     def __call__(self) -> Workers:
+        """Return the workers, started now if they were not."""
         if self._workers is None:
             self._workers = self._start()
         return self._workers
@@ -210,11 +235,14 @@ class LazyWorkers:
 
 
 def _environment(threads: int, rank: int, ranks: int) -> dict[str, str]:
-    group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GLOO_SOCKET_IFNAME": "lo"} if ranks > 1 else {}
+    group = {}
+    if ranks > 1:  # accelerate wants an address even where the ranks meet at a file
+        group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "lo"}
     quiet = {
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    path = os.pathsep.join(["", *(place for place in sys.path if place)])  # workers import what the parent can import
+    path = os.pathsep.join(str(Path(place).absolute()) for place in sys.path)  # workers import what the parent can import, and no more
     return {**os.environ, **group, **quiet, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}

@@ -8,14 +8,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from optkit.core import files
-from optkit.core.errors import StoppedError
+from optkit.core.errors import OptkitError, StoppedError
 from optkit.harness import stages
 from optkit.harness.assembly import assemble
-from optkit.harness.checking import check_recipe, refuse_small_disk
+from optkit.harness.checking import check_metrics, check_recipe, refuse_small_disk
 from optkit.harness.folder import RunFolder
 from optkit.harness.inputs import inputs_of, quickened
-from optkit.harness.workloads import task_for
+from optkit.harness.workloads import build_workload
+from optkit.models.artefact import kind_of
 from optkit.recipe.reading import load_recipe, recipe_from_dict
 from optkit.recipe.schema import Recipe
 from optkit.report.folder import write_report
@@ -59,21 +59,24 @@ def run(
     started, clock = datetime.now(UTC), time.monotonic()
     wanted, name = _read(recipe, overrides)
     wanted = quickened(wanted) if quick else wanted
-    outline = None
+    progress("checking the recipe", None)
     if workload is None:
-        progress("checking the recipe", None)
-        outline = check_recipe(wanted, name, trust_remote_code)
-        refuse_small_disk(outline, 3.0, Path(out))
+        checked = check_recipe(wanted, name, trust_remote_code)
+        task = checked.task
+        refuse_small_disk(checked.disk_bytes, Path(out))
+    else:
+        module, task = build_workload(workload)
+        check_metrics(wanted, name, task, kind_of(module))
     inputs = inputs_of(wanted, quick, trust_remote_code, workload)
     parent = Path(out) / wanted.name
     with RunFolder.resumed(parent, inputs) if resume else RunFolder.new(parent, inputs) as folder:
         stage = stages.Stages(wanted, folder, inputs["threads"], trust_remote_code, workload, progress)
         try:
             results = stage.all()
-        except KeyboardInterrupt:
-            raise StoppedError(f"stopped; what is finished is kept in {folder.path}: go on with --resume") from None
+        except KeyboardInterrupt as stop:
+            code = getattr(stop, "exit_code", 130)
+            raise StoppedError(f"stopped; what is finished is kept in {folder.path}: go on with --resume", code) from None
         progress("writing the report", None)
-        task = task_for(wanted, results["baseline"]["kind"], workload)
         report = assemble(
             wanted,
             task,
@@ -85,13 +88,15 @@ def run(
             quick=quick,
             command=command,
         )
-        write_report(report, folder.path, wanted.to_yaml())
         folder.keep_artefact("optimized")
-        files.seal(folder.path)
+        write_report(report, folder.path, wanted.to_yaml())
+        folder.finish()
     return report
 
 
 def _read(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: tuple[str, ...]) -> tuple[Recipe, str]:
+    if overrides and not isinstance(recipe, str | Path):
+        raise OptkitError("overrides work on recipe files; change the recipe itself")
     if isinstance(recipe, Recipe):
         return recipe, recipe.name
     if isinstance(recipe, Mapping):

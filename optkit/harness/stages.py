@@ -44,14 +44,17 @@ class Stages:
         pending = [stage for stage in self._measuring(baseline, references) if not self._folder.has(stage)]
         with ExitStack() as stack:
             arms = self._open(names, ranks, stack) if pending else {}
-            timing = {str(size): self._folder.stage(f"timing-{size}", partial(self._timing, arms, size, baseline["kind"])) for size in self._sizes()}
+            timing = {
+                str(size): self._folder.stage(f"timing-{size}", partial(self._timing, arms, size, baseline["kind"]))
+                for size in self._sizes()
+            }
             opened = self._folder.stage("opened", lambda: {name: self._facts(workers) for name, workers in arms.items()})
             quality = {
                 stage.removeprefix(_QUALITY): self._folder.stage(stage, partial(self._evaluate, arms, stage.removeprefix(_QUALITY)))
                 for stage in self._measuring(baseline, references)
                 if stage.startswith(_QUALITY)
             }
-        sizes = {name: self._size(name) for name in names if name != AGAIN}
+            sizes = self._folder.stage("sizes", lambda: {name: self._size(name) for name in names if name != AGAIN})
         return {"baseline": baseline, "artefacts": sizes, "timing": timing, "opened": opened, "quality": quality}
 
     def _measuring(self, baseline: dict[str, Any], references: list[str]) -> list[str]:
@@ -125,13 +128,18 @@ class Stages:
         first = {name: arms[name] for name in (BASELINE, OPTIMIZED, AGAIN)}
         rest = {name: workers for name, workers in arms.items() if name not in first}
         timed = take_turns(first, rest, schedule, self._plain, self._progress)
-        return {"rounds": timed.rounds, "stopped_because": timed.stopped_because, "warm_up_ms": timed.warm_up_ms}
+        # Asked here and not later: a process that is started by a resumed run has not served at this size.
+        memory = {name: self._memory(workers) for name, workers in arms.items()}
+        return {"rounds": timed.rounds, "stopped_because": timed.stopped_because, "warm_up_ms": timed.warm_up_ms, "memory": memory}
+
+    def _memory(self, workers: Workers) -> list[Any]:
+        with workers.awake():
+            return workers.ask_all("memory")
 
     def _facts(self, workers: Workers) -> dict[str, Any]:
         with workers.awake():
-            memory = workers.ask_all("memory")
             roof = workers.ask("roof", size_bytes=workers.facts["weight_bytes_per_token"])
-        return {**workers.facts, "memory": memory, "roof_bytes_per_second": roof["bytes_per_second"]}
+        return {**workers.facts, "roof_bytes_per_second": roof["bytes_per_second"]}
 
     def _workers(self, name: str, ranks: int = 1) -> Workers:
         return Workers(name, self._threads, self._folder.work, ranks)

@@ -46,8 +46,11 @@ def ratio(metric: Metric, before: Samples, after: Samples, seed: int = 0) -> Rat
     """Return after/before of one metric with a paired bootstrap interval over clusters, or None where a value is not positive.
 
     The same clusters are drawn for both arms, so what disturbed both cancels (Kalibera and Jones 2013, "Rigorous benchmarking in
-    reasonable time"). The interval is the bootstrap's standard error times Student's t, for the number of clusters.
+    reasonable time"). The interval is the bootstrap's standard error times Student's t, for the number of clusters. Only columns that
+    both arms have are used. Where a drawn value vanishes, the interval has no end.
     """
+    shared = before.keys() & after.keys()
+    before, after = ({name: side[name] for name in sorted(shared)} for side in (before, after))
     count = min(len(column) for column in before.values())
     value_before, value_after = (float(metric.estimate({k: c[None] for k, c in side.items()})[0]) for side in (before, after))
     if not (value_before > 0 and value_after > 0 and math.isfinite(value_before * value_after)):
@@ -58,12 +61,14 @@ def ratio(metric: Metric, before: Samples, after: Samples, seed: int = 0) -> Rat
     draw = np.random.default_rng(seed)
     logs: list[Array] = []
     for _ in range(0, DRAWS, _CHUNK):
-        picks = {length: draw.integers(0, length, (_CHUNK, length)) for length in {len(column) for column in before.values()}}
+        picks = {length: draw.integers(0, length, (_CHUNK, length)) for length in sorted({len(column) for column in before.values()})}
         sides = [metric.estimate({name: column[picks[len(column)]] for name, column in side.items()}) for side in (before, after)]
         with np.errstate(divide="ignore", invalid="ignore"):
             logs.append(np.log(sides[1] / sides[0]))
     spread = np.concatenate(logs)
-    error = float(np.std(spread[np.isfinite(spread)])) * math.sqrt(count / (count - 1))
+    if not np.isfinite(spread).all():
+        return Ratio(value_before, value_after, log, math.inf)
+    error = float(np.std(spread)) * math.sqrt(count / (count - 1))
     return Ratio(value_before, value_after, log, error * float(stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1)))
 
 
@@ -84,6 +89,11 @@ def verdict(found: Ratio, higher_is_better: bool, floor: float) -> Verdict:
     if max(floor, found.half_width) > math.log1p(NOISE_LIMIT):
         return "unclear"
     return "same" if abs(found.log) <= max(floor, found.half_width) else "unclear"
+
+
+def noise_verdict(noise: Ratio | None) -> Verdict:
+    """Say whether the baseline against itself is quiet enough to judge by: ``same``, or ``unclear`` beyond the limit."""
+    return "unclear" if floor_of(noise) > math.log1p(NOISE_LIMIT) else "same"
 
 
 def compare(arm: str, metric: Metric, before: Samples, after: Samples, noise: Ratio | None = None) -> Comparison:

@@ -16,10 +16,12 @@ from optkit.core.errors import ArtefactError, ModelError
 from optkit.core.subject import Step, Subject
 from optkit.kernels import LAYERS
 from optkit.models.huggingface import outline as outline_pretrained
+from optkit.models.huggingface import read_config
 
 MANIFEST = "optkit.json"
 _SCHEMA = 1
 _SHARD = "5GB"
+_KEYS = {"source", "kind", "class", "pretrained", "trained", "replicas", "history", "layers"}
 
 
 def save(model: nn.Module | Subject, folder: str | Path) -> None:
@@ -61,11 +63,9 @@ def load(folder: str | Path, into: nn.Module | None = None) -> Subject:
     """
     folder = Path(folder)
     structure = _read_structure(files.verify(folder, MANIFEST), folder)
-    module = _skeleton(folder, structure, into)
-    _insert_layers(module, structure["layers"])
+    module = _insert_layers(_skeleton(folder, structure, into), structure["layers"])
     _tie_dense(module)
     _assign(module, folder)
-    _tie_dense(module)  # assigning has put new tensors in place of the tied ones
     return _subject(folder, module.eval(), structure, _tokenizer(folder))
 
 
@@ -75,8 +75,8 @@ def outline(folder: str | Path) -> Subject:
     structure = _read_structure(files.read_json(folder / MANIFEST), folder)
     subject = outline_pretrained(folder, structure["source"])
     with torch.device("meta"):
-        _insert_layers(subject.module, structure["layers"])
-    return _subject(folder, subject.module, structure, None)
+        module = _insert_layers(subject.module, structure["layers"])
+    return _subject(folder, module, structure, None)
 
 
 def kind_of(module: nn.Module) -> Any:
@@ -93,14 +93,14 @@ def is_pretrained(module: nn.Module) -> bool:
 
 def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the module's state without tensors that are another's twin (tied weights keep their first name)."""
-    seen: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     kept = {}
-    for name, tensor in module.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and key in seen:
-            continue
-        seen[key] = name
-        kept[name] = tensor
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        # On the meta device every address is zero, and only the objects tell the tensors apart.
+        key = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape, tensor.stride())
+        if not tensor.numel() or key not in seen:
+            seen.add(key)
+            kept[name] = tensor.detach()
     return kept
 
 
@@ -132,41 +132,47 @@ def _structure(subject: Subject) -> dict[str, Any]:
 
 
 def _read_structure(content: Any, folder: Path) -> dict[str, Any]:
-    if not isinstance(content, dict) or not {"schema", "layers", "history"} <= content.keys():
+    if not isinstance(content, dict) or "schema" not in content:
         raise ArtefactError(f"{folder / MANIFEST} does not describe an artefact")
     if content["schema"] != _SCHEMA:
         raise ArtefactError(f"{folder} was written in schema {content['schema']}, this version reads {_SCHEMA}; install a newer optkit")
+    lacking = _KEYS - content.keys()
+    if lacking:
+        raise ArtefactError(f"{folder / MANIFEST} does not describe an artefact: it lacks {', '.join(sorted(lacking))}")
     return content
 
 
 def _skeleton(folder: Path, structure: dict[str, Any], into: nn.Module | None) -> nn.Module:
-    if not structure["pretrained"]:
-        if into is None:
-            raise ModelError(
-                f"{folder} holds the weights of a {structure['class']}; give a fresh one: load(folder, into={structure['class']}(...))"
-            )
+    if into is not None:
         return into
-    from transformers import AutoConfig, AutoModelForCausalLM
+    if not structure["pretrained"] or structure["kind"] != "causal-lm":
+        raise ModelError(
+            f"{folder} holds the weights of a {structure['class']}; give a fresh one: load(folder, into={structure['class']}(...))"
+        )
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config = read_config(folder)
     with no_init_weights():
         module: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if (folder / "generation_config.json").exists():
+        module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return module
 
 
-def _insert_layers(module: nn.Module, layers: dict[str, Any]) -> None:
+def _insert_layers(module: nn.Module, layers: dict[str, Any]) -> nn.Module:
     for name, entry in sorted(layers.items(), key=lambda item: item[1]["tied_to"] is not None):
         kind: Any = LAYERS[entry["layer"]]
         if entry["tied_to"] is not None:
             bias = torch.empty(entry["layout"]["out_features"]) if entry["layout"]["bias"] else None
-            layer = kind.tied_to(module.get_submodule(entry["tied_to"]), bias)
+            layer: nn.Module = kind.tied_to(module.get_submodule(entry["tied_to"]), bias)
         else:
             layer = kind.empty(**entry["layout"])
-        parent, _, attribute = name.rpartition(".")
         if not name:
-            raise ArtefactError("a packed layer cannot be the whole model")
+            return layer
+        parent, _, attribute = name.rpartition(".")
         module.get_submodule(parent).register_module(attribute, layer)
+    return module
 
 
 def _assign(module: nn.Module, folder: Path) -> None:
@@ -182,7 +188,17 @@ def _assign(module: nn.Module, folder: Path) -> None:
     unexpected = sorted(tensors.keys() - module.state_dict().keys())
     if missing or unexpected:
         raise ArtefactError(f"{folder} does not fit its own structure: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    twins = _twins(module)
     module.load_state_dict(tensors, strict=False, assign=True)
+    for twin, name in twins.items():  # assigning has put a new tensor in the place of one of them alone
+        parent, _, attribute = twin.rpartition(".")
+        module.get_submodule(parent).register_parameter(attribute, module.get_parameter(name))
+
+
+def _twins(module: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    named = list(module.named_parameters(remove_duplicate=False))
+    return {name: first[id(parameter)] for name, parameter in named if first.setdefault(id(parameter), name) != name}
 
 
 def _tie_dense(module: nn.Module) -> None:

@@ -27,7 +27,7 @@ def open_pretrained(place: Path | str, source: str, trust_remote_code: bool = Fa
     """
     from transformers import AutoModelForCausalLM
 
-    config = _config(place, trust_remote_code)
+    config = read_config(place, trust_remote_code)
     if isinstance(place, Path) and not list(place.glob("*.safetensors")):
         raise ModelError(_no_weights(place))
     try:
@@ -52,7 +52,7 @@ def outline(place: Path | str, source: str, trust_remote_code: bool = False) -> 
     """Open a model's shapes on the meta device."""
     from transformers import AutoModelForCausalLM
 
-    config = _config(place, trust_remote_code)
+    config = read_config(place, trust_remote_code)
     try:
         with torch.device("meta"):
             module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -77,7 +77,13 @@ def refuse_not_finite(module: nn.Module, place: str) -> None:
         raise ModelError(f"model {place!r} has NaN or infinite weights in {len(bad)} tensors, the first is {bad[0]}")
 
 
-def _config(place: Path | str, trust_remote_code: bool) -> Any:
+def read_config(place: Path | str, trust_remote_code: bool = False) -> Any:
+    """Return the configuration of a causal language model.
+
+    Raises:
+        ModelError: it is missing or damaged, names code to run, or belongs to another kind of model.
+        MissingError: a Hub name was given and the Hub cannot be reached.
+    """
     from transformers import AutoConfig
 
     if isinstance(place, Path):
@@ -96,7 +102,18 @@ def _config(place: Path | str, trust_remote_code: bool) -> Any:
     _refuse_code(config.to_dict(), str(place), trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"model {str(place)!r} is quantized already (quantization_config in config.json); give the unquantized model")
+    _refuse_encoder(config, str(place))
     return config
+
+
+def _refuse_encoder(config: Any, place: str) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    # transformers opens these as causal models too, with weights that were trained to look both ways
+    if getattr(config, "is_encoder_decoder", False) or (
+        type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    ):
+        raise ModelError(f"model {place!r} is no causal language model: {config.model_type!r} is an encoder, or has one")
 
 
 def _refuse_code(value: Any, place: str, trusted: bool, path: str = "config.json") -> None:

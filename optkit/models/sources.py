@@ -60,11 +60,14 @@ def local_folder(spec: str) -> Path | None:
     """
     if spec == "reference":
         return REFERENCE
-    folder = Path(spec).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ModelError(f"model {spec!r} is a file; give the folder that holds config.json and the weights")
+    try:
+        folder = Path(spec).expanduser()
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise ModelError(f"model {spec!r} is a file; give the folder that holds config.json and the weights")
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long or not allowed, an unknown '~user'
+        raise ModelError(f"model {spec!r} is no name of a folder: {error}") from None
     if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
         raise ModelError(f"model folder {spec!r} does not exist; known sources: {', '.join(SOURCES)}")
     return None

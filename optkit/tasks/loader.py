@@ -42,7 +42,9 @@ class LoaderTask(Task):
         whole = hashlib.sha256()
         for batch in self.batches:
             for name in sorted(batch):
-                whole.update(name.encode() + batch[name].detach().contiguous().cpu().numpy().tobytes())
+                tensor = batch[name].detach().cpu().contiguous()
+                whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                whole.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         return DataCard("loader", self.metric, whole.hexdigest(), sum(len(batch[self.inputs[0]]) for batch in self.batches))
 
     def calibration(self, subject: Subject) -> Calibration:

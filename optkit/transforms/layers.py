@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from optkit.core.errors import TransformError
+from optkit.core.targets import matches
 
 _KNOWN_HOLDERS = (nn.Linear, nn.Embedding, Conv1D, nn.LayerNorm, nn.RMSNorm)
 
@@ -38,7 +39,8 @@ def tied_embedding(module: nn.Module, layer: nn.Module) -> str | None:
     weight = layer._parameters.get("weight")
     if weight is None:
         return None
-    return next((name for name, other in module.named_modules() if isinstance(other, nn.Embedding) and other.weight is weight), None)
+    embeddings = ((name, other) for name, other in module.named_modules() if isinstance(other, nn.Embedding))
+    return next((name for name, other in embeddings if other._parameters.get("weight") is weight), None)
 
 
 def replace_layer(module: nn.Module, name: str, layer: nn.Module) -> None:
@@ -47,31 +49,37 @@ def replace_layer(module: nn.Module, name: str, layer: nn.Module) -> None:
     module.get_submodule(parent).register_module(attribute, layer)
 
 
+def hidden_weights(module: nn.Module) -> dict[str, int]:
+    """Return the layers that keep matrices outside linear layers, such as fused experts, with their number of weights.
+
+    Kinds of layers that hold less than a hundredth of all parameters together are left out.
+    """
+    total = sum(parameter.numel() for parameter in module.parameters())
+    sizes: dict[str, int] = {}
+    kinds: Counter[type] = Counter()
+    for name, layer in module.named_modules():
+        size = sum(parameter.numel() for parameter in layer.parameters(recurse=False) if parameter.ndim >= 2)
+        if size and not isinstance(layer, _KNOWN_HOLDERS):
+            sizes[name] = size
+            kinds[type(layer)] += size
+    return {name: size for name, size in sizes.items() if kinds[type(module.get_submodule(name))] * 100 > total}
+
+
 def refuse_hidden_weights(module: nn.Module, excluded: tuple[str, ...], doing: str) -> None:
-    """Refuse a model that keeps matrices where a transform of linear layers would silently miss them, such as fused experts.
+    """Refuse a model that keeps matrices where a transform of linear layers would silently miss them.
 
     Raises:
         TransformError: names the layers, their share of all parameters, and the way to leave them as they are.
     """
-    from optkit.core.targets import matches
-
-    total = sum(parameter.numel() for parameter in module.parameters())
-    holders: Counter[str] = Counter()
-    kinds = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, _KNOWN_HOLDERS) or any(matches(pattern, name) for pattern in excluded):
-            continue
-        hidden = sum(parameter.numel() for parameter in layer.parameters(recurse=False) if parameter.ndim >= 2)
-        if hidden * 100 > total:
-            holders[name] = hidden
-            kinds[name] = type(layer).__name__
-    if holders:
-        first, size = next(iter(holders.items()))
-        share = sum(holders.values()) / total
+    missed = {name: size for name, size in hidden_weights(module).items() if not any(matches(pattern, name) for pattern in excluded)}
+    if missed:
+        first, size = next(iter(missed.items()))
+        share = sum(missed.values()) / sum(parameter.numel() for parameter in module.parameters())
+        patterns = sorted({f"*.{name.rpartition('.')[2]}" if "." in name else name for name in missed})
         raise TransformError(
-            f"{doing} cannot reach {len(holders)} layers that keep their weights outside linear layers ({share:.0%} of all parameters), "
-            f"such as {first} ({kinds[first]}, {size:,} weights); exclude them by name to leave them as they are: "
-            f"targets: {{exclude: ['*.{first.rpartition('.')[2]}']}}"
+            f"{doing} cannot reach {len(missed)} layers that keep their weights outside linear layers ({share:.0%} of all parameters), "
+            f"such as {first} ({type(module.get_submodule(first)).__name__}, {size:,} weights); "
+            f"exclude them by name to leave them as they are: targets: {{exclude: {patterns}}}"
         )
 
 

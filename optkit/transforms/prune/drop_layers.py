@@ -13,6 +13,8 @@ from optkit.core.subject import Calibration, Subject
 from optkit.transforms.contract import Plan, Stage, Transform
 from optkit.transforms.layers import blocks
 
+_NOT_BY_BLOCK = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id"}  # lists that count something else
+
 
 class DropLayers(Transform):
     """Drop the blocks that change their input least (block influence: Men et al. 2024, arXiv 2403.03853), or those named."""
@@ -102,7 +104,7 @@ def drop(module: nn.Module, doomed: set[int]) -> nn.Module:
     config = getattr(module, "config", None)
     if config is not None:
         for key, value in list(vars(config).items()):
-            if isinstance(value, list | tuple) and len(value) == depth:
+            if isinstance(value, list | tuple) and len(value) == depth and key not in _NOT_BY_BLOCK:
                 setattr(config, key, [value[index] for index in kept])
         config.num_hidden_layers = len(kept)
     return module

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from optkit.core.subject import Calibration, Execution
 from optkit.core.targets import Targets
 from optkit.transforms.contract import Plan, Stage, Transform
-from optkit.transforms.layers import is_on_meta, linear_layers, output_head, refuse_hidden_weights
+from optkit.transforms.layers import hidden_weights, is_on_meta, linear_layers, output_head, refuse_hidden_weights, tied_embedding
 
 
 class Magnitude(Transform):
@@ -39,12 +39,16 @@ class Magnitude(Transform):
         return module
 
     def _weights(self, module: nn.Module) -> list[Tensor]:
-        refuse_hidden_weights(module, self.targets.exclude, "magnitude")
-        head = output_head(module)
-        layers = {name: layer for name, layer in linear_layers(module).items() if name != head and "weight" in layer._parameters}
         if isinstance(module, nn.Linear):
             return [module.weight]
-        return [layers[name].weight for name in self.targets.select(layers)]  # type: ignore[misc]
+        refuse_hidden_weights(module, self.targets.exclude, "magnitude")
+        head = output_head(module)
+        layers = {
+            name: layer
+            for name, layer in linear_layers(module).items()
+            if name != head and "weight" in layer._parameters and tied_embedding(module, layer) is None
+        }
+        return [layers[name].weight for name in self.targets.select(layers, hidden_weights(module))]  # type: ignore[misc]
 
 
 @torch.no_grad()
@@ -52,7 +56,7 @@ def zero_smallest(weights: list[Tensor], sparsity: float) -> None:
     """Set exactly ``round(sparsity * n)`` of the n weights, the smallest by absolute value over all tensors together, to zero in place."""
     flat = torch.cat([weight.abs().flatten().float() for weight in weights])
     count = round(sparsity * flat.numel())
-    doomed = torch.zeros(flat.numel(), dtype=torch.bool)
+    doomed = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
     doomed[flat.argsort(stable=True)[:count]] = True
     for weight, mask in zip(weights, doomed.split([weight.numel() for weight in weights]), strict=True):
         weight.data.masked_fill_(mask.view(weight.shape), 0)

@@ -6,9 +6,18 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from optkit.core.errors import TransformError
 from optkit.core.targets import Targets
 from optkit.kernels.int8 import Int8Embedding, Int8Linear
-from optkit.transforms.layers import linear_layers, output_head, refuse_hidden_weights, replace_layer, tied_embedding, weight_of
+from optkit.transforms.layers import (
+    hidden_weights,
+    linear_layers,
+    output_head,
+    refuse_hidden_weights,
+    replace_layer,
+    tied_embedding,
+    weight_of,
+)
 
 Pack = Callable[[Tensor, Tensor | None], nn.Linear]
 
@@ -23,14 +32,16 @@ def pack_layers(module: nn.Module, targets: Targets, pack: Pack, pack_head: Pack
         return pack(module.weight.detach(), _bias(module))
     layers = candidates(module)
     head = output_head(module)
-    for name in targets.select(layers):
+    for name in targets.select(layers, hidden_weights(module)):
         layer = layers[name]
         embedding = tied_embedding(module, layer)
-        if embedding is not None:
-            _pack_tied(module, embedding, name, layer)
-        else:
-            packed = (pack_head if name == head else pack)(weight_of(layer), _bias(layer))
-            replace_layer(module, name, packed)
+        try:
+            if embedding is not None:
+                _pack_tied(module, embedding, name, layer)
+            else:
+                replace_layer(module, name, (pack_head if name == head else pack)(weight_of(layer), _bias(layer)))
+        except TransformError as error:
+            raise TransformError(f"{name}: {error}") from None
     return module
 
 
@@ -40,10 +51,24 @@ def candidates(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def selected(module: nn.Module, targets: Targets, doing: str) -> dict[str, nn.Module]:
-    """Return the layers that packing would change, after refusing models whose weights would be missed."""
+    """Return the layers that packing would change, after refusing models whose weights would be missed.
+
+    Raises:
+        TransformError: matrices stand outside linear layers, or an embedding that computes more than a look-up shares its weight.
+        TargetError: a pattern matches nothing.
+    """
     refuse_hidden_weights(module, targets.exclude, doing)
     layers = candidates(module)
-    return {name: layers[name] for name in targets.select(layers)}
+    chosen = {name: layers[name] for name in targets.select(layers, hidden_weights(module))}
+    for name, layer in chosen.items():
+        embedding = tied_embedding(module, layer)
+        kind = type(module.get_submodule(embedding)) if embedding is not None else nn.Embedding
+        if kind.forward is not nn.Embedding.forward:
+            raise TransformError(
+                f"{doing} cannot pack {name}: it shares its weight with {embedding}, and {kind.__name__} computes more than a look-up; "
+                f"leave both as they are: targets: {{exclude: ['{name}']}}"
+            )
+    return chosen
 
 
 def _pack_tied(module: nn.Module, embedding_name: str, head_name: str, head: nn.Module) -> None:
