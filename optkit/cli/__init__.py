@@ -6,11 +6,11 @@ of optkit itself, 130 and 143 stopped by a signal, 141 nobody reads the output.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 import traceback
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -22,8 +22,7 @@ from optkit.cli.listing import list_names
 from optkit.cli.run import run_command
 from optkit.cli.schema import schema
 from optkit.cli.verify import verify
-from optkit.core.errors import OptkitError
-from optkit.core.files import refusals
+from optkit.core.errors import OptkitError, ResourceError
 
 app = typer.Typer(
     name="optkit",
@@ -46,23 +45,29 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = _called()
-        with refusals(Path("standard output")):
-            sys.stdout.flush()
-    except OptkitError as error:
-        sys.stderr.write(f"{error}\n")
-        code = error.exit_code
+        sys.stdout.flush()
     except KeyboardInterrupt as stop:
         sys.stderr.write("stopped\n")
         code = getattr(stop, "exit_code", 130)
-    except BrokenPipeError:
-        code = 141
-    except Exception:  # what reaches this place is our own mistake
-        traceback.print_exc()
-        sys.stderr.write("this is a failure of optkit itself; please report it with the lines above\n")
-        code = 70
-    if code in (4, 141):  # what could not be printed is given up, or the interpreter would try again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except Exception as error:  # what is neither a refusal nor a lost output is our own mistake
+        code = _told(error)
     sys.exit(code)
+
+
+def _told(error: Exception) -> int:
+    """Say what happened and return its exit code."""
+    if isinstance(error, OptkitError):
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):  # all files go through one door: this is our output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again at its end
+        if error.errno == errno.EPIPE:
+            return 141
+        sys.stderr.write("cannot write standard output: the disk is full\n")
+        return ResourceError.exit_code
+    traceback.print_exception(error)
+    sys.stderr.write("this is a failure of optkit itself; please report it with the lines above\n")
+    return 70
 
 
 class _Terminated(KeyboardInterrupt):

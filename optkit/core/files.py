@@ -166,6 +166,9 @@ def refusals(place: Path) -> Iterator[None]:
             errno.EACCES: "permission denied",
             errno.EPERM: "permission denied",
             errno.EMFILE: "too many open files",
+            errno.ENOTDIR: "a file is in the way",
+            errno.EEXIST: "a file is in the way",
+            errno.ENAMETOOLONG: "the name is too long",
         }
         number = _system_number(error)
         if number not in reasons:

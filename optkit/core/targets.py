@@ -29,6 +29,8 @@ class Targets(Settings):
             TargetError: a pattern matches none of the names, or nothing is left.
         """
         known, spared = list(names), list(others)
+        if not known:
+            raise TargetError("there is no layer to change: the model has no linear layers, or all of them are packed already")
         for pattern in (*self.include, *self.exclude):
             if not any(matches(pattern, name) for name in (known if pattern in self.include else known + spared)):
                 shown = ", ".join(known[:3]) + (", ..." if len(known) > 3 else "")

@@ -136,7 +136,7 @@ class RunFolder:
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         return {key: item for name, part in value.items() for key, item in _flat(part, f"{path}.{name}" if path else str(name)).items()}
     if isinstance(value, list) and value:
         return {key: item for index, part in enumerate(value) for key, item in _flat(part, f"{path}[{index}]").items()}

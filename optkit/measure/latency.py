@@ -75,7 +75,8 @@ class _Generation:
         count = min(BLOCK_TOKENS + 1, self._left)
         self._left -= count
         # The first token after a stop pays for cold caches and sleeping threads, which a request served alone would not.
-        return {"gaps_ms": self._timed(count - 1, self._step, wake=self._step) if count > 1 else self._timed(1, self._step)}
+        only = self._new_tokens == 2
+        return {"gaps_ms": self._timed(1, self._step) if only else self._timed(count - 1, self._step, wake=self._step)}
 
     def _timed(self, count: int, work: Callable[[], None], wake: Callable[[], None] | None = None) -> list[float]:
         self._group.wait()

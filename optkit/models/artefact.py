@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def kind_of(module: nn.Module) -> Any:
 
 def is_pretrained(module: nn.Module) -> bool:
     """Say whether the module is a transformers model, with a configuration it can be built from."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return False  # nobody can have made one yet, and a plain module need not wait for the import
     from transformers import PreTrainedModel
 
     return isinstance(module, PreTrainedModel)
@@ -185,9 +188,14 @@ def _assign(module: nn.Module, folder: Path) -> None:
         except (SafetensorError, OSError) as error:
             raise ArtefactError(f"{path} is damaged: {error}") from None
     missing = sorted(distinct_tensors(module).keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - module.state_dict().keys())
+    state = module.state_dict()
+    unexpected = sorted(tensors.keys() - state.keys())
     if missing or unexpected:
         raise ArtefactError(f"{folder} does not fit its own structure: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    wrong = [name for name, tensor in tensors.items() if tensor.shape != state[name].shape]
+    if wrong:
+        shapes = tuple(tensors[wrong[0]].shape), tuple(state[wrong[0]].shape)
+        raise ArtefactError(f"{folder} does not fit its own structure: {wrong[0]} is {shapes[0]}, not {shapes[1]}")
     twins = _twins(module)
     module.load_state_dict(tensors, strict=False, assign=True)
     for twin, name in twins.items():  # assigning has put a new tensor in the place of one of them alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def open_pretrained(place: Path | str, source: str, trust_remote_code: bool = Fa
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             low_cpu_mem_usage=True,
-            local_files_only=_offline(),
+            local_files_only=_only_local(place),
         )
     except Exception as error:  # every library below raises its own kinds for damaged input
         raise ModelError(f"model {str(place)!r} cannot be opened: {_first_line(error)}") from error
@@ -91,7 +92,7 @@ def read_config(place: Path | str, trust_remote_code: bool = False) -> Any:
             raise ModelError(f"model folder {str(place)!r} has no config.json")
         _refuse_code(files.read_json(place / "config.json"), str(place), trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, local_files_only=_offline())
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, local_files_only=_only_local(place))
     except Exception as error:  # every library below raises its own kinds for damaged input
         if not isinstance(place, Path) and _is_unreachable(error):
             raise MissingError(
@@ -147,7 +148,7 @@ def _tokenizer(place: Path | str) -> Any:
     ):
         return None
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=_offline())
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=_only_local(place))
     except Exception as error:  # every library below raises its own kinds for damaged input
         raise ModelError(f"the tokenizer of model {str(place)!r} cannot be opened: {_first_line(error)}") from error
 
@@ -162,8 +163,23 @@ def _is_unreachable(error: Exception) -> bool:
     return isinstance(error, OSError) or "connect" in str(error).lower()
 
 
-def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "") in {"1", "true", "True", "yes", "YES", "on", "ON"}
+def _only_local(place: Path | str) -> bool:
+    return isinstance(place, Path) or os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"} or not _hub_answers(place)
+
+
+@cache
+def _hub_answers(name: str) -> bool:
+    """Ask once, because the Hub's own client tries for half a minute before it gives up."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except HfHubHTTPError:
+        return True  # it refuses, and the one who asks for the files will say what
+    except Exception:  # a network that is not there has another kind of error in each version of the client
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

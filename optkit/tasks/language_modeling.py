@@ -73,7 +73,8 @@ class LanguageModeling(Task):
         baseline = Answers.read(reference) if reference else None
         first = max(1, windows.shape[1] - (self.stride or windows.shape[1]))
         positions = windows.shape[1] - first
-        kept = kept_positions(len(windows), positions, subject.module.config.vocab_size)  # type: ignore[union-attr,arg-type]
+        vocabulary: int = subject.module.config.vocab_size  # type: ignore[union-attr,assignment]
+        kept = kept_positions(len(windows), positions, vocabulary)
         scored: list[dict[str, float]] = []
         top1, distributions = [], []
         for index, logits in _logits(subject.module, windows[rows], first):
@@ -89,7 +90,8 @@ class LanguageModeling(Task):
         greedy = self._continue(subject, engine, group)
         if keep is not None:
             mine = greedy[group.rows(len(greedy))]
-            Answers(torch.stack(top1), torch.stack(distributions), mine).write(keep, group.rank)
+            best = _stacked(top1, torch.int32, positions)
+            Answers(best, _stacked(distributions, torch.float32, len(kept), vocabulary), mine).write(keep, group.rank)
         columns = _columns(group.join(scored))
         if baseline is not None:
             columns["greedy_equal"] = (greedy == baseline.greedy).double().mean(1).numpy()
@@ -211,6 +213,11 @@ def _agreement(logits: Tensor, log_probabilities: Tensor, baseline: Answers, row
         "divergence": float(divergence),
         "kept": float(len(before)),
     }
+
+
+def _stacked(rows: list[Tensor], kind: torch.dtype, *shape: int) -> Tensor:
+    """Stack the rows of a rank; one that had no window of its own has none."""
+    return torch.stack(rows) if rows else torch.empty(0, *shape, dtype=kind)
 
 
 def _columns(rows: list[dict[str, float]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import nn
 from optkit.core.settings import Settings
 from optkit.core.subject import Calibration, Execution, Step, Subject
 
+
 class Stage(IntEnum):
     """The order in which transforms can follow one another; equal stages may repeat."""
 

@@ -15,7 +15,7 @@ import pytest
 from optkit.core import files
 from optkit.core.errors import ResourceError
 
-CALLS = [
+CALLS: list[tuple[Any, str]] = [
     (os, "open"),
     (os, "fsync"),
     (os, "replace"),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import optkit
 from optkit.core.errors import TransformError
 from optkit.core.subject import Subject
+from optkit.kernels.int4 import Int4Linear
 from optkit.transforms import TRANSFORMS, Plan, Stage, Transform
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -148,7 +149,7 @@ def test_history_grows_by_one_step(name: str, subject: Subjects) -> None:
     transform = make(name)
     once = transform.apply(subject())
     assert once.history == (transform.step(),)
-    again = TRANSFORMS["dtype"](dtype="float32").apply(once)
+    again = TRANSFORMS["dtype"](dtype="float32").apply(once)  # type: ignore[call-arg]
     assert [step.name for step in again.history] == [name, "dtype"]
     assert once.opens_in == transform.opens_in
     assert once.execution == transform.execution
@@ -216,14 +217,15 @@ def test_in_a_composition_each_transform_finds_what_the_one_before_left(subject:
     assert (packed.execution, packed.opens_in) == ("simulated", "optkit")
     for name, zero in zeros.items():
         layer = packed.module.get_submodule(name)
-        assert type(layer).__name__ == "Int4Linear"
-        assert (layer.weight[zero].abs() <= 0.5 * layer.weight.std()).all()  # type: ignore[index,operator,union-attr]
+        assert isinstance(layer, Int4Linear)
+        half_a_step = layer.tensors()[1].float().repeat_interleave(layer.group_size, dim=1) / 2
+        assert (layer.weight.detach().abs() <= half_a_step * 1.02)[zero].all()  # zero need not be one of the sixteen values
 
 
 def test_zeros_survive_int8_exactly(subject: Subjects) -> None:
     pruned = make("magnitude").apply(subject())
     name = "model.layers.0.mlp.up_proj"
-    zero = pruned.module.get_submodule(name).weight.detach() == 0  # type: ignore[operator,union-attr]
+    zero = pruned.module.get_submodule(name).weight.detach() == 0  # type: ignore[operator]
     weight = make("int8").apply(pruned).module.get_submodule(name).weight
     assert int(zero.sum()) == zero.numel() // 2
-    assert (weight[zero] == 0).all()  # type: ignore[index,union-attr]
+    assert (weight[zero] == 0).all()  # type: ignore[index]

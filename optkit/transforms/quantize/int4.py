@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -15,7 +14,7 @@ from optkit.kernels.int4 import Int4Linear
 from optkit.kernels.int8 import Int8Linear
 from optkit.transforms.contract import Plan, Stage, Transform
 from optkit.transforms.layers import output_head, tied_embedding, weight_of
-from optkit.transforms.quantize.packing import pack_layers, selected
+from optkit.transforms.quantize.packing import pack_layers, packer, selected
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -37,8 +36,8 @@ class Int4(Transform):
     def change(self, module: nn.Module, data: Calibration | None) -> nn.Module:
         """Return the module with packed layers."""
         self._check_module(module)
-        pack = partial(Int4Linear.from_weight, group_size=self.group_size)
-        return pack_layers(module, self.targets, pack, pack if self.head == "int4" else Int8Linear.from_weight)
+        pack = packer(Int4Linear, group_size=self.group_size)
+        return pack_layers(module, self.targets, pack, pack if self.head == "int4" else packer(Int8Linear))
 
     def _check_module(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):

@@ -11,7 +11,7 @@ from optkit.core.subject import Calibration
 from optkit.core.targets import Targets
 from optkit.kernels.int8 import Int8Linear
 from optkit.transforms.contract import Plan, Stage, Transform
-from optkit.transforms.quantize.packing import pack_layers, selected
+from optkit.transforms.quantize.packing import pack_layers, packer, selected
 
 
 class Int8(Transform):
@@ -29,4 +29,4 @@ class Int8(Transform):
         """Return the module with packed layers."""
         if not isinstance(module, nn.Linear):
             selected(module, self.targets, "int8")
-        return pack_layers(module, self.targets, Int8Linear.from_weight, Int8Linear.from_weight)
+        return pack_layers(module, self.targets, packer(Int8Linear), packer(Int8Linear))

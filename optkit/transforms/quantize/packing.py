@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 from optkit.core.errors import TransformError
 from optkit.core.targets import Targets
+from optkit.kernels.int4 import Int4Linear
 from optkit.kernels.int8 import Int8Embedding, Int8Linear
 from optkit.transforms.layers import (
     hidden_weights,
@@ -20,6 +22,19 @@ from optkit.transforms.layers import (
 )
 
 Pack = Callable[[Tensor, Tensor | None], nn.Linear]
+
+
+def packer(kind: type[Int4Linear] | type[Int8Linear], **settings: Any) -> Pack:
+    """Return what packs a weight (out, in) and its bias; on the meta device it makes the shapes alone, without the search for scales."""
+
+    def pack(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+        if not weight.is_meta:
+            return kind.from_weight(weight, bias, **settings)
+        with weight.device:
+            dtype = str(weight.dtype).removeprefix("torch.")
+            return kind.empty(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=dtype, **settings)
+
+    return pack
 
 
 def pack_layers(module: nn.Module, targets: Targets, pack: Pack, pack_head: Pack) -> nn.Module:

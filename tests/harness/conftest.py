@@ -1,0 +1,50 @@
+"""A tiny language model with a recipe, a workload from Python, and ways to start, stop and look into whole runs."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # these tests, and the workers they start, import the workloads by name
+Recipe = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tiny_llama: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a random Llama and its tokenizer, as transformers saves them."""
+    folder = tmp_path_factory.mktemp("llama") / "tiny"
+    tiny_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a text file of some thousand words that the tokenizer knows."""
+    draw = random.Random(0)
+    words = ["def", "return", "if", "else", "for", "in", "class", "self", "x", "y", "z", "(", ")", ":", "=", "+", "-", "*", "/"]
+    file = tmp_path_factory.mktemp("corpus") / "words.txt"
+    file.write_text("\n".join(" ".join(draw.choices(words, k=12)) for _ in range(120)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(llama_folder: Path, corpus: Path) -> Recipe:
+    """Return a function that makes a recipe for the tiny Llama as plain data; keywords replace keys."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        return {
+            "name": "tiny",
+            "model": str(llama_folder),
+            "threads": 1,
+            "task": {"language-modeling": {"corpus": {"files": [str(corpus)]}, "window": 32, "tokens": 512}},
+            "transforms": ["int8"],
+            "measure": {"latency": {"prompt_tokens": 8, "new_tokens": 10, "seconds": 0.5}, "memory": {}, "quality": {}},
+        } | changes
+
+    return make

@@ -1,0 +1,109 @@
+"""Runs that are stopped at some moment: no process is left, nothing is half-written, and the run goes on to the same quality numbers."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from whole_runs import Runs, classifier_recipe
+
+from optkit.report.record import Report
+
+WORKLOAD = "tiny_workloads:slow_classifier"
+MOMENTS = ("inputs", "baseline", "timing-1")
+CODES = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
+SEED = 20
+
+
+def quality(run: Path, *metrics: str) -> dict[str, Any]:
+    """Return value and samples of the metrics in all arms."""
+    report = Report.load(run)
+    return {name: {key: (arm.metrics[key].value, arm.metrics[key].samples) for key in metrics} for name, arm in report.arms.items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    runs = Runs(tmp_path_factory.mktemp("undisturbed"), classifier_recipe(), WORKLOAD)
+    return quality(runs.finish(), "accuracy")
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_quality(
+    tmp_path: Path, undisturbed: dict[str, Any], number: signal.Signals
+) -> None:
+    runs = Runs(tmp_path, classifier_recipe(), WORKLOAD)
+    for attempt, moment in enumerate(MOMENTS):
+        process = runs.start(*(["--resume"] if attempt else []))
+        assert runs.reached(moment, process), process.communicate()
+        code, said = runs.stop(process, number)
+        assert code == CODES[number], said
+        assert "Traceback" not in said
+        if number != signal.SIGKILL:
+            assert "what is finished is kept in" in said
+            assert said.rstrip().endswith("go on with --resume")
+    folder = runs.finish("--resume")
+    assert folder.name == "0001"
+    assert not (folder / "work").exists()
+    assert quality(folder, "accuracy") == undisturbed
+
+
+def test_a_run_that_is_stopped_at_random_moments_ends_with_the_same_quality(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    draw = random.Random(SEED)
+    runs = Runs(tmp_path, classifier_recipe(), WORKLOAD)
+    for _ in range(3):
+        process = runs.start(*options(runs))
+        try:
+            process.wait(draw.uniform(0.2, 8))
+        except subprocess.TimeoutExpired:
+            runs.stop(process, draw.choice(list(CODES)))
+        else:
+            process.communicate()
+    assert quality(runs.finish(*options(runs)), "accuracy") == undisturbed
+
+
+def options(runs: Runs) -> list[str]:
+    """Go on where there is something to go on with."""
+    folder = runs.folder()
+    return ["--resume"] if folder is not None and (folder / "work" / "inputs.json").exists() else []
+
+
+def test_a_language_model_goes_on_after_a_kill_with_the_same_quality(tmp_path: Path, tiny_recipe: Any) -> None:
+    recipe = tiny_recipe(baseline={"dtype": "float32"}, measure={"quality": {}})
+    runs = Runs(tmp_path, recipe)
+    process = runs.start()
+    assert runs.reached("quality-baseline", process)
+    before = time.time()
+    runs.stop(process, signal.SIGKILL)
+    folder = runs.folder()
+    assert folder is not None
+    kept = folder / "work" / "quality-baseline.json"
+    assert kept.stat().st_mtime < before
+    judged = quality(runs.finish("--resume"), "perplexity", "token_accuracy", "bits_per_byte")
+    whole = quality(Runs(tmp_path / "..", recipe | {"name": "whole"}).finish(), "perplexity", "token_accuracy", "bits_per_byte")
+    assert judged == whole
+
+
+def test_runs_that_begin_at_once_in_one_folder_all_end_with_a_result(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    runs = Runs(tmp_path, classifier_recipe(measure={"quality": {}}), WORKLOAD)
+    processes = [runs.start() for _ in range(3)]
+    told = [process.communicate(timeout=400)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], told
+    found = sorted((runs.out / "tiny").iterdir())
+    assert [folder.name for folder in found] == ["0001", "0002", "0003"]
+    assert all(quality(folder, "accuracy") == undisturbed for folder in found)
+
+
+def test_a_second_run_does_not_resume_what_another_one_works_on(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, classifier_recipe(), WORKLOAD)
+    first = runs.start()
+    assert runs.reached("inputs", first)
+    second = runs.start("--resume")
+    _, said = second.communicate(timeout=200)
+    assert second.returncode == 2
+    assert "being worked on by other processes" in said
+    runs.stop(first, signal.SIGKILL)

@@ -1,0 +1,174 @@
+"""Eight bits a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import optkit
+from optkit.core.errors import TargetError, TransformError
+from optkit.core.subject import Subject
+from optkit.core.targets import Targets
+from optkit.kernels.int8 import Int8Embedding, Int8Linear
+from optkit.transforms import Int8, Plan
+
+Subjects = Callable[..., Subject]
+Logits = Callable[[nn.Module], Tensor]
+
+
+def test_no_weight_is_off_by_more_than_half_a_step(subject: Subjects) -> None:
+    dense = subject(3).module
+    packed = Int8().apply(subject(3)).module
+    for name, layer in dense.named_modules():
+        if isinstance(layer, nn.Linear):
+            other = packed.get_submodule(name)
+            assert isinstance(other, Int8Linear)
+            step = layer.weight.abs().amax(1, keepdim=True) / 127
+            assert ((layer.weight - other.weight).abs() <= step * 0.5001).all()
+
+
+def test_the_answers_are_those_of_a_dense_model_with_the_rounded_weights(subject: Subjects, logits: Logits) -> None:
+    packed, dense = Int8().apply(subject(3)).module, subject(3).module
+    exact = logits(dense)
+    with torch.no_grad():
+        for name, layer in dense.named_modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.copy_(packed.get_submodule(name).weight)  # type: ignore[arg-type]
+    rounded, answers = logits(dense), logits(packed)
+    assert (answers - rounded).norm() < 0.03 * rounded.norm()  # kernels may round activations to bfloat16
+    assert 1e-3 * exact.norm() < (answers - exact).norm() < 0.1 * exact.norm()
+
+
+def test_a_tied_embedding_stays_tied_in_one_storage_and_is_saved_once(subject: Subjects, tmp_path: Path) -> None:
+    packed = Int8().apply(subject())
+    optkit.save(packed, tmp_path / "packed")
+    for module in (packed.module, optkit.load(tmp_path / "packed").module):
+        embedding, head = module.get_submodule("model.embed_tokens"), module.get_submodule("lm_head")
+        assert isinstance(embedding, Int8Embedding)
+        assert isinstance(head, Int8Linear)
+        assert head.tied is embedding
+    saved = load_file(tmp_path / "packed" / "model.safetensors")
+    assert not any(name.startswith("lm_head") for name in saved)
+    assert saved["model.embed_tokens.qweight"].shape == (96, 64)
+
+
+def test_an_untied_head_is_packed_alone(subject: Subjects) -> None:
+    module = Int8().apply(subject(tie_word_embeddings=False)).module
+    assert type(module.get_submodule("model.embed_tokens")) is nn.Embedding
+    assert isinstance(module.get_submodule("lm_head"), Int8Linear)
+
+
+def test_a_tied_head_that_is_excluded_stays_with_its_embedding(subject: Subjects, logits: Logits, tmp_path: Path) -> None:
+    packed = Int8(targets=Targets(exclude=("lm_head",))).apply(subject())
+    optkit.save(packed, tmp_path / "packed")
+    again = optkit.load(tmp_path / "packed").module
+    assert again.lm_head.weight is again.model.embed_tokens.weight  # type: ignore[union-attr]
+    assert torch.equal(logits(again), logits(packed.module))
+
+
+def test_the_artefact_is_about_a_quarter_of_float32(subject: Subjects, tmp_path: Path) -> None:
+    optkit.save(subject(hidden_size=128, intermediate_size=512), tmp_path / "dense")
+    optkit.save(Int8().apply(subject(hidden_size=128, intermediate_size=512)), tmp_path / "packed")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("packed", "dense")]
+    assert sizes[0] / sizes[1] < 0.3
+
+
+def test_conv1d_of_gpt2_is_turned_and_packed(logits: Logits) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_layer=2, n_embd=64, n_head=4, n_positions=64, initializer_range=0.2)).eval()  # type: ignore[no-any-return]
+
+    packed = Int8().apply(build())
+    layer = packed.get_submodule("transformer.h.0.mlp.c_fc")
+    assert isinstance(layer, Int8Linear)
+    assert (layer.in_features, layer.out_features) == (64, 256)
+    assert layer.bias is not None
+    dense = logits(build())
+    assert (logits(packed) - dense).norm() / dense.norm() < 0.1
+
+
+def test_biases_stay_as_they_are(subject: Subjects) -> None:
+    whole = subject(attention_bias=True)
+    with torch.no_grad():
+        whole.module.get_submodule("model.layers.0.self_attn.q_proj").bias.normal_()  # type: ignore[operator]
+    before = whole.module.get_submodule("model.layers.0.self_attn.q_proj").bias.clone()  # type: ignore[operator]
+    packed = Int8().apply(whole).module
+    assert torch.equal(packed.get_submodule("model.layers.0.self_attn.q_proj").bias, before)  # type: ignore[arg-type]
+
+
+def mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        eos_token_id=0,
+    )
+    return MixtralForCausalLM(config).eval()  # type: ignore[no-any-return]
+
+
+def test_fused_experts_are_refused_by_name_and_left_alone_when_excluded() -> None:
+    words = r"int8 cannot reach 2 layers .*\(8\d% of all parameters\), such as model.layers.0.mlp.experts .*exclude: \['\*.experts'\]"
+    with pytest.raises(TransformError, match=words):
+        Int8().check(Plan(Subject(mixtral(), "mixtral")))
+    packed = Int8(targets=Targets(exclude=("*.experts",))).apply(mixtral())
+    assert isinstance(packed.get_submodule("model.layers.0.self_attn.q_proj"), Int8Linear)
+    assert type(packed.get_submodule("model.layers.0.mlp.experts")).__name__ == "MixtralExperts"
+
+
+def test_many_small_holders_of_weights_are_not_overlooked() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.zeros(4, 4))
+
+    model = nn.ModuleDict({f"h{number}": Holder() for number in range(200)} | {"linear": nn.Linear(32, 32)})
+    with pytest.raises(TransformError, match=r"cannot reach 200 layers"):
+        Int8().apply(model)
+
+
+def test_an_embedding_that_scales_its_rows_is_refused_by_name_and_left_alone_when_excluded() -> None:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    sizes: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = Gemma3TextConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    words = r"int8 cannot pack lm_head: it shares its weight with model.embed_tokens, .*exclude: \['lm_head'\]"
+    with pytest.raises(TransformError, match=words):
+        Int8().check(Plan(Subject(Gemma3ForCausalLM(config), "gemma3")))
+    packed = Int8(targets=Targets(exclude=("lm_head",))).apply(Gemma3ForCausalLM(config))
+    assert packed.lm_head.weight is packed.model.embed_tokens.weight
+
+
+def test_weights_that_are_no_numbers_are_refused_with_the_layer(mlp: Callable[[], nn.Module]) -> None:
+    module = mlp()
+    with torch.no_grad():
+        module.get_submodule("2").weight[3, 0] = float("nan")  # type: ignore[operator]
+    with pytest.raises(TransformError, match=r"^2: the weight holds NaN or infinity in 1 of 64 rows, first in row 3"):
+        Int8().apply(module)
+
+
+def test_packing_twice_finds_nothing_left(subject: Subjects) -> None:
+    with pytest.raises(TargetError, match=r"there is no layer to change: .*packed already"):
+        Int8().apply(Int8().apply(subject()))
+
+
+def test_gradients_reach_the_input_through_a_packed_layer(mlp: Callable[[], nn.Module]) -> None:
+    module = Int8().apply(mlp())
+    x = torch.randn(3, 64, requires_grad=True)
+    module(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
