@@ -18,6 +18,7 @@ from optkit.recipe.schema import Recipe
 from optkit.report import record
 from optkit.tasks import Task
 
+_QUALITY_MARGIN = 0.001  # as much as another batch size or another processor changes
 _TOLERANCES = {"peak_memory_bytes": 0.02, "artefact_bytes": 0.001}
 
 
@@ -28,6 +29,7 @@ class _Sampled:
     metric: Metric
     columns: Samples
     every: int = 1
+    margin: float = 0.0
 
     def measured(self) -> Measurement:
         return statistics.measure(self.metric, self.columns)
@@ -117,7 +119,7 @@ def _gather(recipe: Recipe, task: Task, results: dict[str, Any]) -> _Arms:
         columns = {key: np.array(values, dtype=np.float64) for key, values in lists.items()}  # null is NaN
         for metric in task.metrics():
             if not (metric.relative and name == BASELINE):
-                arms.sample(name, _Sampled(metric, columns))
+                arms.sample(name, _Sampled(metric, columns, margin=_QUALITY_MARGIN))
     for name, facts in results["opened"].items():
         _count(arms, name, facts, results, "memory" in recipe.measure)
     return arms
@@ -155,7 +157,7 @@ def _compare(arms: _Arms, name: str, floors: dict[str, Comparison]) -> list[Comp
         if key in baseline:
             before = {column: values[:: mine.every] for column, values in baseline[key].columns.items() if column in mine.columns}
             floor = floors.get(key)
-            found.append(statistics.compare(name, mine.metric, before, mine.columns, _as_ratio(floor) if floor else None))
+            found.append(statistics.compare(name, mine.metric, before, mine.columns, _as_ratio(floor) if floor else None, mine.margin))
     for key, before_count in arms.counted.get(BASELINE, {}).items():
         after_count = arms.counted.get(name, {}).get(key)
         if after_count is not None and key not in ("read_bandwidth", "roof_share"):

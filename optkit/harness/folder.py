@@ -76,7 +76,8 @@ class RunFolder:
     def keep_artefact(self, name: str) -> None:
         """Move an artefact out of the work folder, unless that is done."""
         if (self.work / name).exists():
-            (self.work / name).rename(self.path / "artefact")
+            with files.refusals(self.path):
+                (self.work / name).rename(self.path / "artefact")
 
     def finish(self) -> None:
         """Seal the result, and only then remove what a resumed run would need."""
@@ -96,7 +97,8 @@ class RunFolder:
     def _take(self, wait: bool = True) -> bool:
         """Lock the folder; the system frees the lock when this process ends, however it ends."""
         try:
-            handle = os.open(self.work / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            with files.refusals(self.work):
+                handle = os.open(self.work / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:  # finished by another process just now
             return False
         try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from optkit.core import files
 from optkit.core.errors import ArmError, OptkitError, ResourceError
 
 DEADLINE_S = 1800.0
@@ -40,7 +41,7 @@ class Worker:
         answers, theirs = os.pipe()
         command = [sys.executable, "-P", "-m", "optkit.harness.worker", "--answers", str(theirs), "--parent", str(os.getpid())]
         command += ["--threads", str(threads), "--rank", str(rank), "--ranks", str(ranks), "--meeting", str(meeting or "")]
-        with log.open("ab") as output:
+        with files.refusals(log), log.open("ab") as output:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,

@@ -20,6 +20,7 @@ from optkit.recipe.reading import load_recipe, recipe_from_dict
 from optkit.recipe.schema import Recipe
 from optkit.report.folder import write_report
 from optkit.report.record import Report
+from optkit.tasks import Task
 
 Progress = Callable[[str, float | None], None]
 """Told what is being done, and the share of that which is done, where it is known."""
@@ -60,38 +61,42 @@ def run(
     wanted, name = _read(recipe, overrides)
     wanted = quickened(wanted) if quick else wanted
     progress("checking the recipe", None)
-    if workload is None:
-        checked = check_recipe(wanted, name, trust_remote_code)
-        task = checked.task
-        refuse_small_disk(checked.disk_bytes, Path(out))
-    else:
-        module, task = build_workload(workload)
-        check_metrics(wanted, name, task, kind_of(module))
+    task = _checked(wanted, name, Path(out), trust_remote_code, workload)
     inputs = inputs_of(wanted, quick, trust_remote_code, workload)
     parent = Path(out) / wanted.name
-    with RunFolder.resumed(parent, inputs) if resume else RunFolder.new(parent, inputs) as folder:
-        stage = stages.Stages(wanted, folder, inputs["threads"], trust_remote_code, workload, progress)
-        try:
-            results = stage.all()
-        except KeyboardInterrupt as stop:
-            code = getattr(stop, "exit_code", 130)
-            raise StoppedError(f"stopped; what is finished is kept in {folder.path}: go on with --resume", code) from None
-        progress("writing the report", None)
-        report = assemble(
-            wanted,
-            task,
-            results,
-            inputs,
-            run_id=folder.path.name,
-            started=started,
-            seconds=time.monotonic() - clock,
-            quick=quick,
-            command=command,
-        )
-        folder.keep_artefact("optimized")
-        write_report(report, folder.path, wanted.to_yaml())
-        folder.finish()
+    try:
+        with RunFolder.resumed(parent, inputs) if resume else RunFolder.new(parent, inputs) as folder:
+            results = stages.Stages(wanted, folder, inputs["threads"], trust_remote_code, workload, progress).all()
+            progress("writing the report", None)
+            report = assemble(
+                wanted,
+                task,
+                results,
+                inputs,
+                run_id=folder.path.name,
+                started=started,
+                seconds=time.monotonic() - clock,
+                quick=quick,
+                command=command,
+            )
+            folder.keep_artefact("optimized")
+            write_report(report, folder.path, wanted.to_yaml())
+            folder.finish()
+    except KeyboardInterrupt as stop:
+        code = getattr(stop, "exit_code", 130)
+        raise StoppedError(f"stopped; what is finished is kept in {parent}: go on with --resume", code) from None
     return report
+
+
+def _checked(recipe: Recipe, name: str, out: Path, trust_remote_code: bool, workload: str | None) -> Task:
+    """Refuse what cannot work, as far as that can be known without weights, and return the task that judges."""
+    if workload is None:
+        checked = check_recipe(recipe, name, trust_remote_code)
+        refuse_small_disk(checked.disk_bytes, out)
+        return checked.task
+    module, task = build_workload(workload)
+    check_metrics(recipe, name, task, kind_of(module))
+    return task
 
 
 def _read(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: tuple[str, ...]) -> tuple[Recipe, str]:

@@ -101,13 +101,13 @@ def noise_verdict(noise: Ratio | None) -> Verdict:
     return "unclear" if floor_of(noise) > math.log1p(NOISE_LIMIT) else "same"
 
 
-def compare(arm: str, metric: Metric, before: Samples, after: Samples, noise: Ratio | None = None) -> Comparison:
-    """Return the comparison of one sampled metric between the baseline and an arm."""
+def compare(arm: str, metric: Metric, before: Samples, after: Samples, noise: Ratio | None = None, margin: float = 0.0) -> Comparison:
+    """Return the comparison of one sampled metric between the baseline and an arm; shares below ``margin`` count as noise."""
     found = ratio(metric, before, after)
     if found is None:
         values = [measure(metric, side).value for side in (before, after)]
         return Comparison(arm, metric.name, values[0], values[1], None, None, None, "same" if values[0] == values[1] else "unclear")
-    said = verdict(found, metric.higher_is_better, floor_of(noise))
+    said = verdict(found, metric.higher_is_better, max(floor_of(noise), math.log1p(margin)))
     return Comparison(arm, metric.name, found.before, found.after, found.after / found.before, found.low, found.high, said)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections.abc import Callable
@@ -48,3 +49,19 @@ def tiny_recipe(llama_folder: Path, corpus: Path) -> Recipe:
         } | changes
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of a finished run of the command line, and what it printed."""
+    from whole_runs import Runs, workers_of
+
+    recipe = tiny_recipe(baseline={"dtype": "float32"}, limits={"artefact_bytes": 0.5, "perplexity": 1.5})
+    runs = Runs(tmp_path_factory.mktemp("finished"), recipe)
+    process = runs.start("--json")
+    printed, said = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    assert workers_of(process.pid) == []
+    folder = runs.folder()
+    assert folder is not None
+    return folder, json.loads(printed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from optkit.report.record import Report
 WORKLOAD = "tiny_workloads:slow_classifier"
 MOMENTS = ("inputs", "baseline", "timing-1")
 CODES = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
+KILLS = int(os.environ.get("OPTKIT_KILLS", "3"))  # at random moments; more for a longer proof
 SEED = 20
 
 
@@ -55,7 +57,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_quality(
 def test_a_run_that_is_stopped_at_random_moments_ends_with_the_same_quality(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     draw = random.Random(SEED)
     runs = Runs(tmp_path, classifier_recipe(), WORKLOAD)
-    for _ in range(3):
+    for _ in range(KILLS):
         process = runs.start(*options(runs))
         try:
             process.wait(draw.uniform(0.2, 8))
@@ -72,7 +74,7 @@ def options(runs: Runs) -> list[str]:
     return ["--resume"] if folder is not None and (folder / "work" / "inputs.json").exists() else []
 
 
-def test_a_language_model_goes_on_after_a_kill_with_the_same_quality(tmp_path: Path, tiny_recipe: Any) -> None:
+def test_a_language_model_goes_on_after_a_kill_with_the_same_quality(tmp_path: Path, tiny_recipe: Any, finished: Any) -> None:
     recipe = tiny_recipe(baseline={"dtype": "float32"}, measure={"quality": {}})
     runs = Runs(tmp_path, recipe)
     process = runs.start()
@@ -83,9 +85,8 @@ def test_a_language_model_goes_on_after_a_kill_with_the_same_quality(tmp_path: P
     assert folder is not None
     kept = folder / "work" / "quality-baseline.json"
     assert kept.stat().st_mtime < before
-    judged = quality(runs.finish("--resume"), "perplexity", "token_accuracy", "bits_per_byte")
-    whole = quality(Runs(tmp_path / "..", recipe | {"name": "whole"}).finish(), "perplexity", "token_accuracy", "bits_per_byte")
-    assert judged == whole
+    names = ("perplexity", "token_accuracy", "bits_per_byte")
+    assert quality(runs.finish("--resume"), *names) == quality(finished[0], *names)
 
 
 def test_runs_that_begin_at_once_in_one_folder_all_end_with_a_result(tmp_path: Path, undisturbed: dict[str, Any]) -> None:

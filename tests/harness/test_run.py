@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from whole_runs import HERE, Runs, classifier_recipe, workers_of
+from whole_runs import HERE, classifier_recipe
 
 import optkit
 from optkit.core import files
@@ -33,20 +33,6 @@ subject = optkit.load(sys.argv[1])
 with torch.inference_mode():
     torch.save(subject.module(input_ids=torch.arange(24)[None]).logits, sys.argv[2])
 """
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A finished run of the command line, and what it printed."""
-    recipe = tiny_recipe(baseline={"dtype": "float32"}, limits={"artefact_bytes": 0.5, "perplexity": 1.5})
-    runs = Runs(tmp_path_factory.mktemp("finished"), recipe)
-    process = runs.start("--json")
-    printed, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert workers_of(process.pid) == []
-    folder = runs.folder()
-    assert folder is not None
-    return folder, json.loads(printed)
 
 
 def test_the_printed_json_is_the_report_and_nothing_else(finished: Any) -> None:

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 
 from optkit.core.measurement import Array, Measurement, Metric, Samples
 from optkit.harness import statistics
-from optkit.harness.statistics import NOISE_LIMIT, Ratio, compare, compare_exact, floor_of, ratio, verdict
+from optkit.harness.statistics import NOISE_LIMIT, Ratio, compare, compare_exact, floor_of, noise_verdict, ratio, verdict
 
 TRIALS = 400
 TPOT = Metric("tpot_ms", "ms", False, lambda c: np.median(c["gaps_ms"].reshape(len(c["gaps_ms"]), -1), axis=-1), lambda c: c["gaps_ms"])
@@ -123,6 +123,22 @@ def test_better_is_never_said_of_samples_that_are_all_worse(before: Array, rise:
     assert found.verdict != ("worse" if higher_is_better else "better")
     assert found.ratio is not None
     assert found.ratio > 1
+
+
+def test_shares_below_the_margin_are_the_same() -> None:
+    before = np.linspace(1, 2, 20)
+    worse = {"score": before * 0.9995}
+    assert compare("x", MEAN, {"score": before}, worse).verdict == "worse"
+    assert compare("x", MEAN, {"score": before}, worse, margin=0.001).verdict == "same"
+    assert compare("x", MEAN, {"score": before}, {"score": before * 0.998}, margin=0.001).verdict == "worse"
+
+
+@pytest.mark.parametrize(
+    ("noise", "expected"),
+    [(None, "same"), (Ratio(1, 1, 0.02, 0.05), "same"), (Ratio(1, 1, 0.02, 0.2), "unclear"), (Ratio(1, 1, -0.2, 0.01), "unclear")],
+)
+def test_noise_is_quiet_or_unclear_but_never_better_or_worse(noise: Ratio | None, expected: str) -> None:
+    assert noise_verdict(noise) == expected
 
 
 def test_the_floor_is_how_far_the_baseline_is_from_itself_or_could_be() -> None:
