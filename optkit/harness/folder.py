@@ -80,8 +80,8 @@ class RunFolder:
                 (self.work / name).rename(self.path / "artefact")
 
     def finish(self) -> None:
-        """Seal the result, and only then remove what a resumed run would need."""
-        files.seal(self.path, without=(self.work.name,))
+        """Seal the result, and only then remove what a resumed run would need. The artefact is sealed by itself."""
+        files.seal(self.path, without=(self.work.name, "artefact"))
         shutil.rmtree(self.work)
 
     def _refuse_changed(self, inputs: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from whole_runs import Runs, classifier_recipe
 
 from optkit.report.record import Report
 
+pytestmark = pytest.mark.slow
 WORKLOAD = "tiny_workloads:slow_classifier"
 MOMENTS = ("inputs", "baseline", "timing-1")
 CODES = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
