@@ -1,4 +1,7 @@
-"""Weight-only int8, one scale per output row. Activations stay as they are, so accuracy is nearly free."""
+"""Weight-only int8, one scale per output row. Activations are never integers, so accuracy is nearly free.
+
+With AMX, products of many rows at once round float32 activations to bfloat16; steps of one token do not.
+"""
 
 from __future__ import annotations
 
