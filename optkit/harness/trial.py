@@ -1,7 +1,11 @@
-"""The timed part of a trial: arms take turns block by block, A B B A, until the ratio is known well enough or the time is spent."""
+"""The timed part of a trial: arms take turns block by block until the ratio is known well enough or the time is spent.
+
+No arm follows itself and each follows every other equally often, because whoever has just worked still has its weights in the cache.
+"""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,11 +86,12 @@ def take_turns(
 
 
 def _round(arms: dict[str, Workers], schedule: Schedule, number: int) -> dict[str, dict[str, list[float]]]:
-    """Do one request on every arm, block by block; the order is turned round after each block."""
+    """Do one request on every arm, block by block. The first arm leads always, the others follow in each of their orders in turn."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in arms}
+    lead, *others = arms
+    orders = list(itertools.permutations(others))
     for block in range(schedule.blocks_per_round):
-        order = list(arms) if (block + number) % 2 == 0 else list(reversed(arms))
-        for name in order:
+        for name in (lead, *orders[(block + number) % len(orders)]):
             with arms[name].awake():
                 answer = arms[name].ask("block", BLOCK_DEADLINE_S, batch_size=schedule.batch_size)
             for column, times in answer.items():
