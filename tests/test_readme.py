@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.strip() for line in re.findall(r"^    (.*python -m .*)$", README, re.M)]
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
-QUICK = ["--quick", "--set", "measure.latency.seconds=1", "--set", "measure.latency.new_tokens=10"]
+QUICK = ["--quick", "--set", "threads=1", "--set", "measure.latency.seconds=1", "--set", "measure.latency.new_tokens=10"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,12 @@ def test_a_command_of_the_readme_runs(line, checkout):
 @pytest.mark.parametrize("code", SNIPPETS, ids=lambda code: code.strip().splitlines()[0][:30])
 def test_a_snippet_of_the_readme_runs(code, checkout):
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=500, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        [sys.executable, "-c", code.replace("quick=True", 'quick=True, overrides=("threads=1",)')],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
 

@@ -12,7 +12,7 @@ import pytest
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = sorted(RECIPES.glob("*.yaml"))
 SCALE = sorted((RECIPES / "scale").glob("*.yaml"))
-SHORT = ["measure.latency.seconds=1", "measure.latency.new_tokens=10", "measure.latency.prompt_tokens=16"]
+SHORT = ["threads=1", "measure.latency.seconds=1", "measure.latency.new_tokens=10", "measure.latency.prompt_tokens=16"]
 TINY = "{shape: {layers: 2, hidden_size: 128, heads: 2, intermediate_size: 256, vocabulary: 512}}"
 
 

@@ -46,7 +46,8 @@ def compare(
     Raises:
         UnlikeError: the runs differ in machine, data or baseline model, and ``anyway`` is False.
         ArtefactError: no finished run is found, or one that is named is damaged.
-        ResourceError: ``out`` cannot be written.
+        ResourceError: the disk is full.
+        PlaceError: ``out`` cannot be written.
     """
     from optkit.core.errors import OptkitError
     from optkit.core.files import write_text

@@ -7,8 +7,9 @@ OptkitError (2)
 ├── ModelError           a model that cannot be opened
 ├── DataError            data that cannot be read or used
 ├── ArtefactError        a saved artefact or result that is incomplete or changed
+├── PlaceError           a file or folder that cannot be written where it was asked for
 ├── MissingError (3)     a package or device that is not here
-├── ResourceError (4)    memory, disk or permission
+├── ResourceError (4)    memory or disk
 ├── ArmError (70)        a measuring process that failed
 └── StoppedError (130)   ended by a signal
 """
@@ -72,6 +73,10 @@ class ArtefactError(OptkitError):
     """A saved artefact or result is incomplete, changed, or of another version."""
 
 
+class PlaceError(OptkitError):
+    """Nothing can be written at a place: it is read-only, forbidden, or something stands in the way."""
+
+
 class MissingError(OptkitError):
     """A package or a device is not here; the message says how to get it."""
 
@@ -79,7 +84,7 @@ class MissingError(OptkitError):
 
 
 class ResourceError(OptkitError):
-    """Memory, disk space or permission was not enough."""
+    """Memory or disk space was not enough."""
 
     exit_code = 4
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from optkit.core.errors import ArtefactError, OptkitError, ResourceError
+from optkit.core.errors import ArtefactError, OptkitError, PlaceError, ResourceError
 
 MANIFEST = "manifest.json"
 
@@ -27,7 +27,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that it is either whole or not there.
 
     Raises:
-        ResourceError: the disk is full, read-only or not writable for this user.
+        ResourceError: the disk is full.
+        PlaceError: it is read-only or forbidden for this user.
     """
     with refusals(path):
         aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
@@ -67,7 +68,8 @@ def build_folder(path: Path, manifest: str = MANIFEST) -> Iterator[Path]:
 
     Raises:
         ArtefactError: ``path`` exists and is not an empty folder.
-        ResourceError: the disk is full, read-only or not writable for this user.
+        ResourceError: the disk is full.
+        PlaceError: it is read-only or forbidden for this user.
     """
     with refusals(path):
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
@@ -158,22 +160,28 @@ def refusals(place: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # libraries written in Rust raise kinds of their own, with the system's number in the text
-        reasons = {
-            errno.ENOSPC: "the disk is full",
-            errno.EFBIG: "the file would be larger than allowed",
-            errno.EDQUOT: "the disk quota is used up",
-            errno.EROFS: "the file system is read-only",
-            errno.EACCES: "permission denied",
-            errno.EPERM: "permission denied",
-            errno.EMFILE: "too many open files",
-            errno.ENOTDIR: "a file is in the way",
-            errno.EEXIST: "a file is in the way",
-            errno.ENAMETOOLONG: "the name is too long",
-        }
         number = _system_number(error)
-        if number not in reasons:
-            raise
-        raise ResourceError(f"cannot write {place}: {reasons[number]}; free space or choose another folder with --out") from None
+        if number in _SPENT:
+            raise ResourceError(f"cannot write {place}: {_SPENT[number]}; free space or choose another folder with --out") from None
+        if number in _CLOSED:
+            raise PlaceError(f"cannot write {place}: {_CLOSED[number]}; choose another folder with --out") from None
+        raise
+
+
+_SPENT = {
+    errno.ENOSPC: "the disk is full",
+    errno.EFBIG: "the file would be larger than allowed",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EMFILE: "too many open files",
+}
+_CLOSED = {
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ENOTDIR: "a file is in the way",
+    errno.EEXIST: "a file is in the way",
+    errno.ENAMETOOLONG: "the name is too long",
+}
 
 
 def _system_number(error: Exception) -> int | None:

@@ -30,7 +30,8 @@ class RunFolder:
         """Make a folder that nobody else has.
 
         Raises:
-            ResourceError: it cannot be written.
+            ResourceError: the disk is full.
+            PlaceError: it cannot be written.
         """
         folder = cls(files.new_folder(parent))
         with files.refusals(folder.path):

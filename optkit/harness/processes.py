@@ -153,12 +153,16 @@ class Workers:
 
     def ask_all(self, do: str, deadline_s: float = DEADLINE_S, tell: Tell | None = None, **arguments: Any) -> list[Any]:
         """Give all ranks one command and return all answers."""
+        self.send(do, **arguments)
+        return self.gather(deadline_s, tell)
+
+    def send(self, do: str, **arguments: Any) -> None:
+        """Give all ranks one command; ``gather`` takes the answers."""
         if not self._started:
-            self._gather(STARTUP_S, None)
+            self.gather(STARTUP_S, None)
             self._started = True
         for member in self._members:
             member.send(do, **arguments)
-        return self._gather(deadline_s, tell)
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
@@ -181,7 +185,7 @@ class Workers:
             member.end()
         self._members.clear()
 
-    def _gather(self, deadline_s: float, tell: Tell | None) -> list[Any]:
+    def gather(self, deadline_s: float = DEADLINE_S, tell: Tell | None = None) -> list[Any]:
         """Take the answers of all ranks as they come: whoever fails first is named, while the others still wait for it."""
         end = time.monotonic() + deadline_s
         found: dict[Worker, Any] = {}

@@ -100,13 +100,15 @@ class Stages:
         )
 
     def _open(self, names: list[str], ranks: dict[str, int], stack: ExitStack) -> dict[str, Workers]:
-        """Open every arm from its artefact, in its own process; afterwards all stand still."""
+        """Open every arm from its artefact, in its own process, all at once; afterwards all stand still."""
         self._progress(f"starting {sum(ranks.values())} processes", None)
         arms = {name: stack.enter_context(self._workers(name, ranks[name])) for name in names}
         for name, workers in arms.items():
-            self._progress(f"opening {name}", None)
             place = self._folder.work / (BASELINE if name == AGAIN else name)
-            workers.facts = workers.ask("open", recipe=self._plain, folder=str(place), workload=self._workload)
+            workers.send("open", recipe=self._plain, folder=str(place), workload=self._workload)
+        for name, workers in arms.items():
+            self._progress(f"opening {name}", None)
+            workers.facts = workers.gather()[0]
             workers.pause()
         return arms
 

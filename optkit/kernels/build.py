@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from optkit.core.errors import MissingError, ResourceError
+from optkit.core.errors import MissingError, PlaceError, ResourceError
 from optkit.core.files import write_bytes
 
 SOURCE = Path(__file__).with_name("linear.c")
@@ -89,7 +89,7 @@ def _compile(compiler: list[str], aside: Path) -> Path:
 def _keep(built: Path, place: Path) -> Path:
     try:
         write_bytes(place, built.read_bytes())
-    except ResourceError as error:
+    except (PlaceError, ResourceError) as error:
         print(f"optkit: the compiled kernels are not kept: {error}", file=sys.stderr)
         return built
     return place

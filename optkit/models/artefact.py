@@ -35,7 +35,8 @@ def save(model: nn.Module | Subject, folder: str | Path) -> None:
 
     Raises:
         ArtefactError: the folder holds something already.
-        ResourceError: it cannot be written.
+        ResourceError: the disk is full.
+        PlaceError: it cannot be written.
     """
     subject = model if isinstance(model, Subject) else Subject(module=model, source=type(model).__name__, kind=kind_of(model))
     with files.build_folder(Path(folder), MANIFEST) as aside:

@@ -22,7 +22,8 @@ def write_report(report: Report, folder: Path, recipe_yaml: str) -> None:
     """Write recipe.yaml, samples.csv, table.md, report.html and, last, report.json into an existing folder.
 
     Raises:
-        ResourceError: the disk is full, read-only or not writable for this user.
+        ResourceError: the disk is full.
+        PlaceError: it is read-only or forbidden for this user.
     """
     forms = {
         RECIPE_FILE: recipe_yaml,

@@ -226,7 +226,7 @@ def test_a_small_disk_ends_the_run_without_a_result(
 
 def test_a_folder_of_experiments_that_is_read_only_is_refused(optkit: Optkit, recipe: Recipe, home: Path, read_only: Path) -> None:
     said = optkit("run", recipe(), "--out", read_only)
-    assert said.code == 4
+    assert said.code == 2
     assert "read-only" in said.err or "permission denied" in said.err
     assert "choose another folder with --out" in said.err
     assert "Traceback" not in said.err
@@ -235,7 +235,7 @@ def test_a_folder_of_experiments_that_is_read_only_is_refused(optkit: Optkit, re
 
 def test_a_file_in_the_place_of_the_folder_of_experiments_is_refused(optkit: Optkit, recipe: Recipe, home: Path) -> None:
     said = optkit("run", recipe(), "--out", "tiny.yaml")
-    assert said.code == 4
+    assert said.code == 2
     assert "a file is in the way" in said.err
     assert "Traceback" not in said.err
 
