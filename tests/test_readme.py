@@ -52,14 +52,10 @@ def test_a_command_of_the_readme_runs(line, checkout):
 @pytest.mark.slow
 @pytest.mark.parametrize("code", SNIPPETS, ids=lambda code: code.strip().splitlines()[0][:30])
 def test_a_snippet_of_the_readme_runs(code, checkout):
-    done = subprocess.run(
-        [sys.executable, "-c", code.replace("quick=True", 'quick=True, overrides=("threads=1",)')],
-        cwd=checkout,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    beside_others = code.replace("quick=True", 'quick=True, overrides=("threads=1",)')
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", beside_others]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr
 
 
