@@ -137,7 +137,7 @@ class Workers:
         self.facts: dict[str, Any] = {}
         self._started = False
         self._log = folder / f"{name}.log"
-        meeting = folder / f".{name}-{time.monotonic_ns()}.meeting"
+        meeting = folder.absolute() / f".{name}-{time.monotonic_ns()}.meeting"  # a file:// address has no relative form
         self._members: list[Worker] = []
         try:
             for rank in range(ranks):

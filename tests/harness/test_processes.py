@@ -156,6 +156,13 @@ def test_a_lost_rank_ends_the_group_within_seconds_and_is_named(tmp_path: Path) 
     assert mine() == []
 
 
+def test_ranks_meet_in_a_folder_with_a_relative_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("experiments").mkdir()
+    with Workers("optimized", 1, Path("experiments"), ranks=2) as workers:
+        assert len(workers.ask_all("memory", deadline_s=60)) == 2
+
+
 def test_a_rank_that_hangs_is_named_when_the_deadline_is_over(tmp_path: Path) -> None:
     with Workers("optimized", 1, tmp_path, ranks=2) as workers:
         assert len(workers.ask_all("memory")) == 2
