@@ -47,14 +47,18 @@ def compare(
         UnlikeError: the runs differ in machine, data or baseline model, and ``anyway`` is False.
         ArtefactError: no finished run is found, or one that is named is damaged.
         ResourceError: the disk is full.
-        PlaceError: ``out`` cannot be written.
+        PlaceError: ``out`` exists already or cannot be written.
     """
-    from optkit.core.errors import OptkitError
+    from optkit.core.errors import OptkitError, PlaceError
     from optkit.core.files import write_text
     from optkit.report.compare import compare_table, load_reports, print_comparison, to_csv, to_html, to_json, to_markdown
 
     if out is not None and form == "terminal":
         raise OptkitError(f"the terminal table is not written to a file; for {out} choose --csv, --markdown, --html or --json")
+    if out is not None and (out.exists() or out.is_symlink()):
+        raise PlaceError(f"{out} exists already and is not overwritten; choose another file with --out")
+    if out is not None and not out.parent.is_dir():
+        raise PlaceError(f"{out} cannot be written: there is no folder {out.parent}")
     table = compare_table(load_reports(paths), anyway=anyway, speed=speed, quality=quality)
     if form == "terminal":
         print_comparison(table)

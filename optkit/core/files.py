@@ -124,6 +124,8 @@ def verify(folder: Path, manifest: str = MANIFEST) -> dict[str, Any]:
     Raises:
         ArtefactError: the manifest is missing, or a file is missing or changed; all of them are named.
     """
+    if not folder.is_dir():
+        raise ArtefactError(f"{folder} {'is no folder' if folder.exists() else 'does not exist'}")
     if not (folder / manifest).is_file():
         raise ArtefactError(f"{folder} has no {manifest}: it is not a finished result")
     content = read_json(folder / manifest)
@@ -134,6 +136,8 @@ def verify(folder: Path, manifest: str = MANIFEST) -> dict[str, Any]:
         if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
             raise ArtefactError(f"{folder / manifest} has no size and digest for {name}: it is damaged")
         path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ArtefactError(f"{folder / manifest} lists {name}, which lies outside the folder: it is not what was written")
         if not path.is_file():
             wrong.append(f"{name}: missing")
         elif path.stat().st_size != entry["size"] or digest(path) != entry["sha256"]:

@@ -57,14 +57,23 @@ def file_corpus(patterns: Sequence[str], column: str) -> Corpus:
     Raises:
         DataError: a pattern matches no file, a row is broken (file and row are named), or there is no text.
     """
-    texts: list[str] = []
+    texts = [text for path in files_of(patterns) for text in _read(path, column)]
+    return split(", ".join(Path(pattern).name for pattern in patterns), texts)
+
+
+def files_of(patterns: Sequence[str]) -> list[Path]:
+    """Return the files that paths and patterns name, relative to the current folder.
+
+    Raises:
+        DataError: a pattern matches no file.
+    """
+    found: list[Path] = []
     for pattern in patterns:
         paths = _expand(pattern)
         if not paths:
-            raise DataError(f"corpus: {pattern!r} matches no file")
-        for path in paths:
-            texts.extend(_read(path, column))
-    return split(", ".join(Path(pattern).name for pattern in patterns), texts)
+            raise DataError(f"corpus: {pattern!r} matches no file (from {Path.cwd().name}/, the current folder)")
+        found.extend(paths)
+    return found
 
 
 def hub_corpus(name: str, subset: str | None, evaluation_split: str, column: str) -> Corpus:

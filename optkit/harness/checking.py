@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
-from optkit.core.errors import OptkitError, Problem, ProblemsError, ResourceError
+from optkit.core import files
+from optkit.core.errors import DataError, ModelError, OptkitError, Problem, ProblemsError, ResourceError
 from optkit.core.registry import did_you_mean
 from optkit.core.subject import Kind, Subject
 from optkit.harness.workloads import task_for
+from optkit.kernels.native import refuse_unknown_choice
 from optkit.measure.latency import Latency
 from optkit.models.artefact import distinct_tensors
 from optkit.models.sources import outline_model
@@ -46,10 +48,14 @@ def check_recipe(recipe: Recipe, name: str, trust_remote_code: bool = False) -> 
         ProblemsError: every transform that cannot work, with the layer, the number and the fix; those after it are judged
             without its result. Every limit on a metric that this recipe does not measure.
     """
-    outline = outline_model(recipe.model, trust_remote_code)
+    refuse_unknown_choice()
+    try:
+        outline = outline_model(recipe.model, trust_remote_code)
+    except ModelError as error:
+        raise ProblemsError(name, [Problem(line_of(name, ("model",)), "model", str(error))]) from None
     task = task_for(recipe, outline.kind)
     weights = sum(tensor.numel() for tensor in distinct_tensors(outline.module).values())
-    problems = [*_positions(recipe, name, outline), *_metrics(recipe, name, task, outline.kind)]
+    problems = [*_positions(recipe, name, outline), *_data(task, name), *_metrics(recipe, name, task, outline.kind)]
     latency = recipe.measure.get("latency")
     sizes = latency.batch_sizes if isinstance(latency, Latency) else (1,)
     for position, step in enumerate(recipe.transforms):
@@ -80,13 +86,22 @@ def refuse_small_disk(need_bytes: int, folder: Path) -> None:
 
     Raises:
         ResourceError: with the bytes needed and the bytes free.
+        PlaceError: the folder cannot be.
     """
-    existing = next(place for place in (folder, *folder.resolve().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
+    with files.refusals(folder):
+        existing = next(place for place in (folder, *folder.resolve().parents) if place.exists())
+        free = shutil.disk_usage(existing).free
     if need_bytes > free:
         raise ResourceError(
             f"the run needs about {need_bytes / 1e9:.2f} GB in {folder}, and {free / 1e9:.2f} GB are free; choose another folder with --out"
         )
+
+
+def _data(task: Task, name: str) -> Iterator[Problem]:
+    try:
+        task.look()
+    except DataError as error:
+        yield Problem(line_of(name, ("task",)), "task", str(error))
 
 
 def _metrics(recipe: Recipe, name: str, task: Task, kind: Kind) -> Iterator[Problem]:

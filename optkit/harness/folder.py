@@ -135,7 +135,12 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, OptkitError) and error.exit_code == OptkitError.exit_code and not self._has_results():
+            shutil.rmtree(self.path, ignore_errors=True)  # refused: there is nothing that could go on
         self._free()
+
+    def _has_results(self) -> bool:
+        return any(path.name != _INPUTS for path in self.work.glob("*.json"))
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 from optkit.core import files
 from optkit.core.environment import environment
+from optkit.data.documents import files_of
 from optkit.measure.latency import Latency
 from optkit.models.sources import local_folder
 from optkit.recipe.schema import Recipe
@@ -54,16 +54,14 @@ def model_digest(recipe: Recipe) -> str | None:
 
 
 def data_digest(recipe: Recipe) -> str | None:
-    """Return one digest for the files of a corpus; None for the bundled one, whose texts the report names by their own digest."""
+    """Return one digest for the files of a corpus; None for the bundled one, whose texts the report names by their own digest.
+
+    Raises:
+        DataError: a pattern matches no file.
+    """
     corpus = getattr(recipe.task, "corpus", None)
     patterns = corpus.files if isinstance(corpus, TextFiles) else [corpus] if isinstance(corpus, str) and corpus != "python" else []
-    return _digest(sorted(path for pattern in patterns for path in _matching(pattern))) if patterns else None
-
-
-def _matching(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    root = Path(path.anchor) if path.is_absolute() else Path()
-    return [path] if path.is_file() else [found for found in root.glob(os.path.relpath(path, root)) if found.is_file()]
+    return _digest(sorted(files_of(patterns))) if patterns else None
 
 
 def _digest(paths: list[Path]) -> str:

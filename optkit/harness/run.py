@@ -83,9 +83,13 @@ def run(
             write_report(report, folder.path, wanted.to_yaml())
             folder.finish()
     except KeyboardInterrupt as stop:
-        code = getattr(stop, "exit_code", 130)
-        raise StoppedError(f"stopped; what is finished is kept in {parent}: go on with --resume", code) from None
+        raise _stopped(stop, parent, command if not resume else None) from None
     return report
+
+
+def _stopped(stop: KeyboardInterrupt, parent: Path, command: str | None) -> StoppedError:
+    again = f"go on with: {command} --resume" if command else "go on with --resume"
+    return StoppedError(f"stopped; what is finished is kept in {parent}: {again}", getattr(stop, "exit_code", 130))
 
 
 def _checked(recipe: Recipe, name: str, out: Path, trust_remote_code: bool, workload: str | None) -> Task:

@@ -82,11 +82,21 @@ def forget() -> None:
     struct_at.cache_clear()
 
 
-@cache
-def _choose() -> _Choice:
+def refuse_unknown_choice() -> str:
+    """Return the backend that the environment asks for.
+
+    Raises:
+        OptkitError: ``OPTKIT_KERNELS`` names none.
+    """
     wanted = os.environ.get("OPTKIT_KERNELS", "auto")
     if wanted not in _CHOICES:
         raise OptkitError(f"OPTKIT_KERNELS is {wanted!r}; use one of {', '.join(_CHOICES)}")
+    return wanted
+
+
+@cache
+def _choose() -> _Choice:
+    wanted = refuse_unknown_choice()
     if wanted == "torch":
         return _Choice(None, "asked for by OPTKIT_KERNELS")
     missing = _missing()

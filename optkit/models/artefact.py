@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from optkit.core import files
 from optkit.core.errors import ArtefactError, ModelError
-from optkit.core.subject import Step, Subject
+from optkit.core.subject import Execution, Kind, Step, Subject
 from optkit.kernels import LAYERS
 from optkit.models.huggingface import outline as outline_pretrained
 from optkit.models.huggingface import read_config
@@ -22,7 +23,35 @@ from optkit.models.huggingface import read_config
 MANIFEST = "optkit.json"
 _SCHEMA = 1
 _SHARD = "5GB"
-_KEYS = {"source", "kind", "class", "pretrained", "trained", "replicas", "history", "layers"}
+# Under the usual name, plain transformers would open packed weights with a warning, and random numbers in their place.
+_PLAIN_NAME, _PACKED_NAME = "model{suffix}.safetensors", "packed{suffix}.safetensors"
+
+
+class _Layer(BaseModel, strict=True):
+    layer: str
+    layout: dict[str, int | bool | str | None]
+    tied_to: str | None
+
+
+class _Step(BaseModel, strict=True):
+    name: str
+    settings: dict[str, Any]
+    execution: Execution
+    opens_in: Literal["transformers", "optkit"]
+
+
+class _Structure(BaseModel, strict=True, extra="allow"):
+    """What ``optkit.json`` must hold."""
+
+    source: str
+    kind: Kind
+    class_: str = Field(alias="class")
+    pretrained: bool
+    trained: bool
+    replicas: Annotated[int, Field(ge=1)]
+    history: list[_Step]
+    layers: dict[str, _Layer]
+
 
 
 def save(model: nn.Module | Subject, folder: str | Path) -> None:
@@ -48,8 +77,9 @@ def save(model: nn.Module | Subject, folder: str | Path) -> None:
                 generation.save_pretrained(aside)
         if subject.tokenizer is not None:
             subject.tokenizer.save_pretrained(aside)
-        _save_tensors(distinct_tensors(module), aside)
-        files.write_json(aside / MANIFEST, _structure(subject))
+        structure = _structure(subject)
+        _save_tensors(distinct_tensors(module), aside, _PACKED_NAME if structure["layers"] else _PLAIN_NAME)
+        files.write_json(aside / MANIFEST, structure)
 
 
 def load(folder: str | Path, into: nn.Module | None = None) -> Subject:
@@ -140,9 +170,11 @@ def _read_structure(content: Any, folder: Path) -> dict[str, Any]:
         raise ArtefactError(f"{folder / MANIFEST} does not describe an artefact")
     if content["schema"] != _SCHEMA:
         raise ArtefactError(f"{folder} was written in schema {content['schema']}, this version reads {_SCHEMA}; install a newer optkit")
-    lacking = _KEYS - content.keys()
-    if lacking:
-        raise ArtefactError(f"{folder / MANIFEST} does not describe an artefact: it lacks {', '.join(sorted(lacking))}")
+    try:
+        _Structure.model_validate(content)
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors(include_url=False)[:3])
+        raise ArtefactError(f"{folder / MANIFEST} does not describe an artefact: {told}") from None
     return content
 
 
@@ -166,16 +198,24 @@ def _skeleton(folder: Path, structure: dict[str, Any], into: nn.Module | None) -
 
 def _insert_layers(module: nn.Module, layers: dict[str, Any]) -> nn.Module:
     for name, entry in sorted(layers.items(), key=lambda item: item[1]["tied_to"] is not None):
-        kind: Any = LAYERS[entry["layer"]]
-        if entry["tied_to"] is not None:
-            bias = torch.empty(entry["layout"]["out_features"]) if entry["layout"]["bias"] else None
-            layer: nn.Module = kind.tied_to(module.get_submodule(entry["tied_to"]), bias)
-        else:
-            layer = kind.empty(**entry["layout"])
-        if not name:
-            return layer
-        parent, _, attribute = name.rpartition(".")
-        module.get_submodule(parent).register_module(attribute, layer)
+        try:
+            module = _insert(module, name, entry)
+        except (TypeError, KeyError, AttributeError, ValueError, RuntimeError) as error:
+            raise ArtefactError(f"{MANIFEST} does not describe this model: layer {name!r} cannot be made: {error}") from None
+    return module
+
+
+def _insert(module: nn.Module, name: str, entry: dict[str, Any]) -> nn.Module:
+    kind: Any = LAYERS[entry["layer"]]
+    if entry["tied_to"] is not None:
+        bias = torch.empty(entry["layout"]["out_features"]) if entry["layout"]["bias"] else None
+        layer: nn.Module = kind.tied_to(module.get_submodule(entry["tied_to"]), bias)
+    else:
+        layer = kind.empty(**entry["layout"])
+    if not name:
+        return layer
+    parent, _, attribute = name.rpartition(".")
+    module.get_submodule(parent).register_module(attribute, layer)
     return module
 
 
@@ -235,11 +275,13 @@ def _tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def _save_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
+def _save_tensors(tensors: dict[str, Tensor], folder: Path, pattern: str) -> None:
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=_SHARD)
+    plan = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=_SHARD)
     for name, keys in plan.filename_to_tensors.items():
         save_file({key: tensors[key].contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
     if plan.is_sharded:
-        files.write_json(folder / "model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+        files.write_json(
+            folder / f"{pattern.format(suffix='')}.index.json", {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        )

@@ -31,6 +31,8 @@ def open_pretrained(place: Path | str, source: str, trust_remote_code: bool = Fa
     config = read_config(place, trust_remote_code)
     if isinstance(place, Path) and not list(place.glob("*.safetensors")):
         raise ModelError(_no_weights(place))
+    if isinstance(place, Path):
+        _refuse_foreign_shards(place)
     try:
         module, info = AutoModelForCausalLM.from_pretrained(
             place,
@@ -39,6 +41,7 @@ def open_pretrained(place: Path | str, source: str, trust_remote_code: bool = Fa
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             low_cpu_mem_usage=True,
             local_files_only=_only_local(place),
         )
@@ -153,6 +156,19 @@ def _tokenizer(place: Path | str) -> Any:
         raise ModelError(f"the tokenizer of model {str(place)!r} cannot be opened: {_first_line(error)}") from error
 
 
+def _refuse_foreign_shards(place: Path) -> None:
+    index = place / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    listed = files.read_json(index)
+    shards = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(shards, dict):
+        raise ModelError(f"{index} has no 'weight_map'")
+    foreign = sorted({str(shard) for shard in shards.values() if not isinstance(shard, str) or Path(shard).name != shard})
+    if foreign:
+        raise ModelError(f"{index} names weights outside the model folder: {foreign[0]!r}")
+
+
 def _no_weights(place: Path) -> str:
     other = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.h5") for path in place.glob(pattern))
     found = f"; {other[0]} is not opened, because its format can run code: convert it to safetensors" if other else ""
@@ -183,5 +199,5 @@ def _hub_answers(name: str) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:3])[:300]}"

@@ -44,8 +44,9 @@ def compare_table(frame: pd.DataFrame, *, anyway: bool = False, speed: str | Non
     """Return the baseline's row and one row per run's optimized arm, the fastest first and simulated ones last.
 
     The baseline's values are the medians over the runs, its ratios 1. The column ``pareto`` is True where no other real row is at
-    least as good in both quality ratio and time ratio and better in one; simulated rows are never on the front. ``attrs`` gains
-    ``speed`` and ``quality``, the two metrics that were used ("" where there is none), and ``notes`` grows.
+    least as good in both quality ratio and time ratio and better in one; simulated rows are never on the front, and quick ones only
+    where there are no others. ``attrs`` gains ``speed`` and ``quality``, the two metrics that were used ("" where there is none), and
+    ``notes`` grows.
 
     Raises:
         UnlikeError: the runs differ in machine, data or baseline model, and ``anyway`` is False.
@@ -87,6 +88,8 @@ def pareto_front(table: pd.DataFrame, speed: str, quality: str, higher_is_better
         return pd.Series(False, index=table.index)
     time, worth = table[columns[0]], table[columns[1]] * (-1 if higher_is_better else 1)
     counted = (table["execution"] == "real") & time.notna() & worth.notna()
+    full = counted & ~table.get("quick", pd.Series(False, index=table.index)).astype(bool)
+    counted = full if full.iloc[1:].any() else counted  # a first look beats no full run
 
     def is_beaten(row: int) -> bool:
         as_good = counted & (time <= time[row]) & (worth <= worth[row])

@@ -104,7 +104,9 @@ def interval(ratio: float | None, low: float | None = None, high: float | None =
 def spread(ratio: float | None, low: float | None, high: float | None) -> str:
     """Return how far a ratio that should be 1 may lie off it, such as ``±0.9 %``."""
     ends = [abs(end - 1) for end in (ratio, low, high) if end is not None and math.isfinite(end)]
-    return f"±{max(ends) * 100:.2g} %" if ends else "-"
+    if not ends:
+        return "-"
+    return f"±{max(ends) * 100:.2g} %" if max(ends) < 1 else "more than ±100 %"
 
 
 def _decimals(ratio: float, width: float) -> int:

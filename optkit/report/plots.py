@@ -26,6 +26,7 @@ DRAWN = 120
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 _INK = "#010203"
 _PAPER = "#030201"
+_LEAST_SPAN = 0.1  # of the middle value
 _COLORS = tuple(f"#0102{index:02x}" for index in range(16, 16 + len(MARKERS)))
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -89,6 +90,11 @@ def quality_speed_figure(points: Sequence[Point], x_axis: str, y_axis: str, salt
             if not legend:
                 axes.annotate(plain(point.key, 8), (point.x, point.y), xytext=(7, 5), textcoords="offset points", color=_INK)
         axes.margins(0.14)
+        axes.ticklabel_format(useOffset=False)
+        low, high = axes.get_ylim()
+        middle, least = (low + high) / 2, abs(low + high) / 2 * _LEAST_SPAN
+        if high - low < least:  # or a difference that means nothing would fill the picture
+            axes.set_ylim(middle - least / 2, middle + least / 2)
         axes.set_xlabel(plain(x_axis, 60))
         axes.set_ylabel(plain(y_axis, 60))
         if legend:

@@ -78,6 +78,9 @@ def frame_of(reports: list[Report], notes: Iterable[str] = ()) -> pd.DataFrame:
     """Return the tidy table of reports that are already loaded; see ``load_reports``."""
     entries = [(metric, entry) for report in reports for arm in report.arms.values() for metric, entry in arm.metrics.items()]
     metrics = in_order(metric for metric, _ in entries)
+    clashes = sorted(COLUMNS.keys() & set(metrics))
+    if clashes:
+        raise ValueError(f"a metric has the name of a column: {', '.join(clashes)}")
     types = dict(COLUMNS)
     for metric in metrics:
         types |= {f"{metric}{end}": "float64" for end in NUMBERS} | {f"{metric}{VERDICT}": "str"}
@@ -181,7 +184,12 @@ def _sealed_report(folder: Path) -> Report:
     entry = _manifest_entry(folder)
     if entry is not None and entry != digest(folder / REPORT_FILE):
         raise ArtefactError(f"{folder / REPORT_FILE} was changed after the run; run the recipe again")
-    return Report.load(folder)
+    report = Report.load(folder)
+    try:
+        frame_of([report])
+    except (OverflowError, TypeError, AttributeError, ValueError) as error:
+        raise ArtefactError(f"{folder / REPORT_FILE} is damaged: {error}; run the recipe again") from None
+    return report
 
 
 def _manifest_entry(folder: Path) -> str | None:

@@ -86,8 +86,7 @@ def _facts(report: Report) -> tuple[str, ...]:
 
 def _described(arm: Arm) -> str:
     ranks = f", {arm.ranks} processes" if arm.ranks > 1 else ""
-    steps = f", {transforms_of(arm)}" if arm.history else ""
-    return f"{plain(arm.label, 120)}, {plain(arm.dtype, 40)}{steps}{ranks}, opens in {plain(arm.opens_in, 40)}"
+    return f"{plain(arm.label, 120)}; stored in {plain(arm.dtype, 40)}{ranks}; opens in {plain(arm.opens_in, 40)}"
 
 
 def _rows(report: Report) -> tuple[Row, ...]:
@@ -160,10 +159,10 @@ def _speed(report: Report) -> str:
     after = report.arms.get(OPTIMIZED)
     if after is None:
         return "no optimized arm"
+    idle = ", ".join(plain(step.name, 60) for step in after.history if step.execution == "simulated")
     if after.execution == "real":
-        return "real"
-    steps = ", ".join(plain(step.name, 60) for step in after.history if step.execution == "simulated")
-    return f"simulated ({steps or 'declared by the arm'}): the times are those of the imitation, so they say nothing about a real speed-up"
+        return f"real, but for {idle}: no kernel here gains from it" if idle else "real"
+    return f"simulated ({idle or 'declared by the arm'}): no kernel here gains from it, so the times say nothing about a speed-up"
 
 
 def _noise(report: Report) -> str:

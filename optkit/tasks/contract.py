@@ -34,6 +34,13 @@ class Task(Settings):
         """Return why this subject's quality means nothing, or None where it can be judged."""
         return None if subject.trained else "the weights are random"
 
+    def look(self) -> None:
+        """Look for the data, without reading it.
+
+        Raises:
+            DataError: it is not there.
+        """
+
     @abstractmethod
     def card(self, subject: Subject) -> DataCard:
         """Describe the evaluation data; reads the data, runs no model."""

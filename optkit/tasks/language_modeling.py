@@ -17,7 +17,7 @@ from optkit.core.group import Group
 from optkit.core.measurement import Metric, Samples
 from optkit.core.settings import Settings
 from optkit.core.subject import Calibration, Subject
-from optkit.data.documents import Corpus, file_corpus, hub_corpus, python_corpus
+from optkit.data.documents import Corpus, file_corpus, files_of, hub_corpus, python_corpus
 from optkit.tasks.answers import Answers, kept_positions
 from optkit.tasks.contract import DataCard, Task
 
@@ -49,6 +49,10 @@ class LanguageModeling(Task):
     window: Annotated[int, Field(ge=2, le=1_000_000)] = Field(default=512, description="tokens the model sees at once")
     stride: Count | None = Field(default=None, description="tokens between windows; default: window, without overlap")
     tokens: Count = Field(default=65536, description="tokens to evaluate, at most")
+
+    def look(self) -> None:
+        """Refuse patterns that match no file."""
+        files_of(self._patterns())
 
     def withheld(self, subject: Subject) -> str | None:
         """Random weights and models without a tokenizer are not judged."""
@@ -154,7 +158,12 @@ class LanguageModeling(Task):
             return hub_corpus(self.corpus.hub, self.corpus.subset, self.corpus.split, self.corpus.column)
         if self.corpus == "python":
             return python_corpus()
-        return file_corpus((self.corpus,), "text")
+        return file_corpus(self._patterns(), "text")
+
+    def _patterns(self) -> tuple[str, ...]:
+        if isinstance(self.corpus, TextFiles):
+            return self.corpus.files
+        return (self.corpus,) if isinstance(self.corpus, str) and self.corpus != "python" else ()
 
 
 def _stream(subject: Subject, texts: tuple[str, ...]) -> Tensor:
@@ -165,7 +174,14 @@ def _stream(subject: Subject, texts: tuple[str, ...]) -> Tensor:
         raise DataError("the corpus has too little text to set some aside for calibration; give more")
     begin = next((i for i in (subject.tokenizer.bos_token_id, subject.tokenizer.eos_token_id) if i is not None), None)
     encoded = subject.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return torch.tensor([token for ids in encoded for token in ([] if begin is None else [begin]) + ids])
+    stream = torch.tensor([token for ids in encoded for token in ([] if begin is None else [begin]) + ids], dtype=torch.long)
+    known: int = subject.module.config.vocab_size  # type: ignore[union-attr,assignment]
+    if stream.numel() and int(stream.max()) >= known:
+        raise DataError(
+            f"the tokenizer of model {subject.source!r} gives token {int(stream.max())}, and the model knows {known}: "
+            "they do not belong together"
+        )
+    return stream
 
 
 def _cut(stream: Tensor, window: int, stride: int | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from optkit.core import files
 from optkit.harness import checking
 
+ROOT = Path(__file__).parents[2]
 RUNS = "experiments/tiny/0001/"
 BOMB = "a: &a [x, x, x, x]\nb: &b [*a, *a, *a, *a]\nc: [*b, *b, *b, *b]\nname: tiny\n"
 DEEP = "name: tiny\nmodel: " + "[" * 500 + "]" * 500 + "\n"
@@ -238,6 +240,45 @@ def test_a_file_in_the_place_of_the_folder_of_experiments_is_refused(optkit: Opt
     assert said.code == 2
     assert "a file is in the way" in said.err
     assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": "./nowhere"}, "line 2"),
+        ({"task": {"language-modeling": {"corpus": {"files": ["notes/*.txt"]}}}}, "'notes/*.txt' matches no file"),
+    ],
+    ids=["model", "texts"],
+)
+def test_check_finds_what_is_not_there_and_run_leaves_nothing(
+    optkit: Optkit, recipe: Recipe, home: Path, changes: dict[str, Any], named: str
+) -> None:
+    for command in ("check", "run"):
+        said = optkit(command, recipe(**changes))
+        assert said.code == 2
+        assert named in said.err
+        assert "Traceback" not in said.err
+    assert list(tree(home)) == ["tiny.yaml"]
+
+
+def test_an_unknown_choice_of_kernels_is_found_by_check(optkit: Optkit, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPTKIT_KERNELS", "nonsense")
+    said = optkit("check", recipe())
+    assert said.code == 2
+    assert "OPTKIT_KERNELS is 'nonsense'" in said.err
+
+
+def test_a_name_that_is_too_long_is_said_to_be(optkit: Optkit, recipe: Recipe) -> None:
+    for words in (["run", recipe(), "--out", "x" * 300], ["verify", "x" * 5000], ["compare", "x" * 5000]):
+        said = optkit(*words)
+        assert said.code == 2
+        assert "the name is too long" in said.err
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "2>/dev/full", ">&-"])
+def test_a_refusal_keeps_its_exit_code_where_nobody_can_read_it(closed: str) -> None:
+    done = subprocess.run(f"{sys.executable} -m optkit check nowhere.yaml {closed}", shell=True, cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 2
 
 
 def test_there_must_be_something_to_resume(optkit: Optkit, recipe: Recipe, home: Path) -> None:

@@ -78,7 +78,7 @@ def sealed(tmp_path: Path) -> Path:
 def test_verify_finds_a_result_and_an_artefact_whole(optkit: Optkit, sealed: Path) -> None:
     said = optkit("verify", sealed, sealed / "artefact")
     assert said.code == 0
-    assert said.out.splitlines() == [f"{sealed}: 2 files as written", f"{sealed / 'artefact'}: 1 files as written"]
+    assert said.out.splitlines() == [f"{sealed}: 2 files as written", f"{sealed / 'artefact'}: 1 file as written"]
 
 
 @pytest.mark.parametrize("place", [0, 100, 255])
@@ -95,10 +95,43 @@ def test_verify_names_the_file_of_which_one_bit_has_changed(optkit: Optkit, seal
 def test_verify_names_what_is_missing_and_what_is_no_result(optkit: Optkit, sealed: Path, tmp_path: Path) -> None:
     (sealed / "report.json").unlink()
     assert "report.json: missing" in optkit("verify", sealed).err
-    for folder in (tmp_path, tmp_path / "nowhere"):
+    for folder, why in ((tmp_path, "is not a finished result"), (tmp_path / "nowhere", "does not exist")):
         said = optkit("verify", folder)
         assert said.code == 2
-        assert "is not a finished result" in said.err
+        assert why in said.err
+
+
+def test_verify_goes_on_after_a_bad_folder(optkit: Optkit, sealed: Path, tmp_path: Path) -> None:
+    said = optkit("verify", tmp_path / "nowhere", sealed)
+    assert said.code == 2
+    assert said.out == f"{sealed}: 2 files as written\n"
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname"])
+def test_verify_vouches_for_nothing_outside_the_folder(optkit: Optkit, sealed: Path, name: str) -> None:
+    (sealed.parent / "outside").write_text("x")
+    manifest = json.loads((sealed / "manifest.json").read_text())
+    manifest["files"][name] = {"sha256": files.digest(sealed.parent / "outside"), "size": 1}
+    (sealed / "manifest.json").write_text(json.dumps(manifest))
+    said = optkit("verify", sealed)
+    assert said.code == 2
+    assert f"lists {name}, which lies outside the folder" in said.err
+
+
+def test_the_version_is_told(optkit: Optkit) -> None:
+    said = optkit("--version")
+    assert (said.code, said.out.split()[0]) == (0, "optkit")
+
+
+def test_compare_overwrites_nothing(optkit: Optkit, tmp_path: Path) -> None:
+    (tmp_path / "keep.csv").write_text("precious")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "link.csv")
+    runs = ROOT / "experiments" / "int8"
+    for place, why in (("keep.csv", "is not overwritten"), ("link.csv", "is not overwritten"), ("no/such.csv", "there is no folder")):
+        said = optkit("compare", runs, "--csv", "--out", tmp_path / place)
+        assert said.code == 2
+        assert why in said.err
+    assert (tmp_path / "keep.csv").read_text() == "precious"
 
 
 def report(held: bool) -> record.Report:

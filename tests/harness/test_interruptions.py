@@ -18,7 +18,7 @@ from optkit.report.record import Report
 pytestmark = pytest.mark.slow
 WORKLOAD = "tiny_workloads:slow_classifier"
 MOMENTS = ("inputs", "baseline", "timing-1")
-CODES = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
+CODES = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 KILLS = int(os.environ.get("OPTKIT_KILLS", "3"))  # at random moments; more for a longer proof
 SEED = 20
 
@@ -48,7 +48,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_quality(
         assert "Traceback" not in said
         if number != signal.SIGKILL:
             assert "what is finished is kept in" in said
-            assert said.rstrip().endswith("go on with --resume")
+            assert said.rstrip().endswith("--resume")
     folder = runs.finish("--resume")
     assert folder.name == "0001"
     assert not (folder / "work").exists()

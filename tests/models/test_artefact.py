@@ -57,9 +57,9 @@ def edit_structure(folder: Path, change: Edit) -> None:
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     """Change the tensors and seal the folder anew, as a mistaken writer would."""
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "packed.safetensors")
     change(tensors)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, folder / "packed.safetensors")
     files.seal(folder, MANIFEST)
 
 
@@ -90,7 +90,36 @@ def test_it_can_be_saved_after_it_has_run(subject: Subjects, logits: Logits, tmp
     optkit.save(packed, tmp_path / "before")
     logits(packed.module)
     optkit.save(packed, tmp_path / "after")
-    assert files.digest(tmp_path / "before" / "model.safetensors") == files.digest(tmp_path / "after" / "model.safetensors")
+    assert files.digest(tmp_path / "before" / "packed.safetensors") == files.digest(tmp_path / "after" / "packed.safetensors")
+
+
+def test_plain_transformers_refuses_packed_weights_and_opens_no_random_ones(saved: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.update(layers=[1]),
+        lambda content: content.update(history=[{"x": 1}]),
+        lambda content: content.update(replicas="x"),
+        lambda content: content.update(replicas=0),
+        lambda content: content.update(source=5),
+        lambda content: content.pop("history"),
+        lambda content: content["layers"]["lm_head"].pop("layout"),
+        lambda content: content["layers"]["lm_head"].update(tied_to="nope"),
+        lambda content: content["layers"]["model.embed_tokens"]["layout"].update(x=1),
+        lambda content: content["layers"].update({"a.b.c": content["layers"]["model.embed_tokens"]}),
+    ],
+)
+def test_an_edited_structure_is_refused(saved: Path, change: Edit) -> None:
+    edit_structure(saved, change)
+    for look in (optkit.load, outline):
+        with pytest.raises(ArtefactError, match=r"optkit.json"):
+            look(saved)
 
 
 def test_an_artefact_holds_no_format_that_can_run_code(saved: Path) -> None:
@@ -170,20 +199,20 @@ def test_no_artefact_at_all_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", [0, 1000, -1], ids=["first", "middle", "last"])
 def test_a_flipped_bit_of_the_weights_is_found(saved: Path, place: int) -> None:
-    path = saved / "model.safetensors"
+    path = saved / "packed.safetensors"
     data = bytearray(path.read_bytes())
     data[place] ^= 1
     path.write_bytes(bytes(data))
-    with pytest.raises(ArtefactError, match=r"model.safetensors: changed"):
+    with pytest.raises(ArtefactError, match=r"packed.safetensors: changed"):
         optkit.load(saved)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5])
 def test_cut_weights_that_were_sealed_so_are_refused(saved: Path, share: float) -> None:
-    path = saved / "model.safetensors"
+    path = saved / "packed.safetensors"
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     files.seal(saved, MANIFEST)
-    with pytest.raises(ArtefactError, match=r"model.safetensors is damaged"):
+    with pytest.raises(ArtefactError, match=r"packed.safetensors is damaged"):
         optkit.load(saved)
 
 

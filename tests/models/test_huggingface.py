@@ -78,7 +78,11 @@ CASES: dict[str, tuple[Change, str]] = {
     "NaN": (spoil(float("nan")), "NaN or infinite weights in 1 tensors, the first is model.layers.1.mlp.up_proj.weight"),
     "infinity": (spoil(float("-inf")), "NaN or infinite weights in 1 tensors"),
     "a missing tensor": (edit_weights(lambda tensors: tensors.__delitem__("model.norm.weight")), "lack 1 tensors .*model.norm.weight"),
-    "another shape": (edit_config(intermediate_size=256), "cannot be opened|of another shape"),
+    "another shape": (edit_config(intermediate_size=256), "of another shape than its config.json says, such as"),
+    "weights of another folder": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}})),
+        "names weights outside the model folder: '../other.safetensors'",
+    ),
     "remote code": (remote_code, "contains 'auto_map', which names code to run; --trust-remote-code allows it"),
     "remote code, deeper": (edit_config(text_config={"auto_map": {"AutoModel": "x.Y"}}), "config.json:text_config contains 'auto_map'"),
     "a kernel of the Hub": (edit_config(_attn_implementation_internal="someone/attention"), "contains '_attn_implementation_internal'"),

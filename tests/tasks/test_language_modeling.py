@@ -210,6 +210,11 @@ def test_a_corpus_without_text_for_calibration_is_refused_only_then(subject: Sub
         task.calibration(subject())
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(task: Callable[..., LanguageModeling], subject: Subjects) -> None:
+    with pytest.raises(DataError, match=r"gives token \d+, and the model knows 8: they do not belong together"):
+        task().card(subject(vocab_size=8))
+
+
 def test_an_empty_file_is_refused(subject: Subjects, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" \n")
     with pytest.raises(DataError, match=r"corpus 'a.txt' is empty"):

@@ -214,7 +214,7 @@ def test_in_a_composition_each_transform_finds_what_the_one_before_left(subject:
     assert all(zero.sum() == zero.numel() // 2 for zero in zeros.values())
     packed = make("int4").apply(pruned)
     assert [step.name for step in packed.history] == COMPOSITION
-    assert (packed.execution, packed.opens_in) == ("simulated", "optkit")
+    assert (packed.execution, packed.opens_in) == ("real", "optkit")  # int4 runs for real; that magnitude does not stands in its step
     for name, zero in zeros.items():
         layer = packed.module.get_submodule(name)
         assert isinstance(layer, Int4Linear)
