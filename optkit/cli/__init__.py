@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import typer
 
+from optkit.cli.bench import bench
 from optkit.cli.check import check
 from optkit.cli.compare import compare_command
 from optkit.cli.listing import list_names
@@ -32,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench)
 app.command("run")(run_command)
 app.command("check")(check)
 app.command("compare")(compare_command)
