@@ -18,6 +18,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from optkit.cli.bench import bench
 from optkit.cli.check import check
 from optkit.cli.compare import compare_command
 from optkit.cli.listing import list_names
@@ -49,6 +50,7 @@ def _options(
     """Apply compression transforms to a model by recipe, and measure what they buy."""
 
 
+app.add_typer(bench)
 app.command("run")(run_command)
 app.command("check")(check)
 app.command("compare")(compare_command)

@@ -15,7 +15,7 @@ class EagerEngine:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module.eval()
-        self._cache: Any = None
+        self.cache: Any = None
         # Only the last position's logits are wanted; a model that cannot leave the others out computes them all.
         self._keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}
 
@@ -32,11 +32,11 @@ class EagerEngine:
 
     def reset(self) -> None:
         """Forget the cache."""
-        self._cache = None
+        self.cache = None
 
     def _run(self, ids: Tensor) -> Tensor:
-        output = self.module(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._keep)
-        self._cache = output.past_key_values
+        output = self.module(input_ids=ids, past_key_values=self.cache, use_cache=True, **self._keep)
+        self.cache = output.past_key_values
         logits: Tensor = output.logits[:, -1]
         return logits
 

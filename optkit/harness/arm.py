@@ -16,7 +16,7 @@ import torch
 from optkit.core import files
 from optkit.core.group import Group
 from optkit.core.subject import Calibration, Subject
-from optkit.engines import engine_for
+from optkit.engines import engine_for, told
 from optkit.harness.workloads import build_workload, task_for
 from optkit.measure.contract import Opened, Session
 from optkit.measure.memory import forget_peak, peak_bytes, resident_bytes
@@ -98,6 +98,7 @@ class Arm:
             "ranks": self._group.size,
             "opening_peak_bytes": peak_bytes(),
             "weight_bytes_per_token": weight_bytes_per_token(subject.module),
+            "engine": told(self._opened.engine),
             "kernels": _kernels(subject.module),
         }
 

@@ -178,8 +178,7 @@ def _arm(name: str, results: dict[str, Any], arms: _Arms) -> record.Arm:
     facts = results["opened"][name]
     warm_up = {size: round(timing["warm_up_ms"][name], 1) for size, timing in results["timing"].items()}
     notes = [f"first request, not counted: {', '.join(f'{ms} ms at batch {size}' for size, ms in warm_up.items())}"] if warm_up else []
-    if facts["kernels"]:
-        notes.append(f"kernels: {facts['kernels']}")
+    notes += [f"{key}: {facts[key]}" for key in ("engine", "kernels") if facts[key]]
     return record.Arm(
         label=", ".join(step["name"] for step in facts["history"]) or "untouched",
         history=tuple(record.StepRecord(**step) for step in facts["history"]),

@@ -17,7 +17,9 @@ from pathlib import Path
 from optkit.core.errors import MissingError, PlaceError, ResourceError
 from optkit.core.files import write_bytes
 
-SOURCE = Path(__file__).with_name("linear.c")
+_HERE = Path(__file__).parent
+SOURCES = (_HERE / "linear.c", _HERE / "decode.c")
+HEADERS = (_HERE / "few.h",)
 # The library is linked without an OpenMP runtime of its own: it finds the one that torch has loaded, and so shares torch's threads.
 _COMPILE = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-c")
 _LINK = ("-shared",)
@@ -34,7 +36,7 @@ def open_library() -> ctypes.CDLL:
     """
     compiler = _compiler()
     folder = cache_folder()
-    name = f"linear-{_key(compiler)}.so"
+    name = f"kernels-{_key(compiler)}.so"
     if folder is not None and (folder / name).is_file():
         try:
             return ctypes.CDLL(str(folder / name))
@@ -75,14 +77,15 @@ def _compiler() -> list[str]:
 
 def _key(compiler: list[str]) -> str:
     version = _run([*compiler, "--version"], "say its version")
-    parts = (SOURCE.read_text(), *_COMPILE, *_LINK, *compiler, version, platform.machine())
+    parts = (*(path.read_text() for path in (*SOURCES, *HEADERS)), *_COMPILE, *_LINK, *compiler, version, platform.machine())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def _compile(compiler: list[str], aside: Path) -> Path:
-    unit, library = aside / "linear.o", aside / "linear.so"
-    _run([*compiler, *_COMPILE, str(SOURCE), "-o", str(unit)], "compile the kernels")
-    _run([*compiler, *_LINK, str(unit), "-o", str(library)], "link the kernels")
+    units, library = [aside / f"{source.stem}.o" for source in SOURCES], aside / "kernels.so"
+    for source, unit in zip(SOURCES, units, strict=True):
+        _run([*compiler, *_COMPILE, str(source), "-o", str(unit)], "compile the kernels")
+    _run([*compiler, *_LINK, *map(str, units), "-o", str(library)], "link the kernels")
     return library
 
 

@@ -43,6 +43,8 @@ class Native:
 
     linear: Callable[..., int]
     gather: Callable[..., int]
+    decode: Callable[..., int]
+    decoder_room: Callable[..., int]
     amx: bool
 
 
@@ -122,6 +124,10 @@ def _open(wanted: str) -> tuple[Native, str]:
     address, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     library.optkit_linear.argtypes = [address, address, address, address, count, flag, flag]
     library.optkit_gather.argtypes = [address, address, address, count, flag]
+    library.optkit_decode.argtypes = [address, address, count, count, address, address, flag]
+    library.optkit_decoder_room.argtypes = [address, count, flag]
+    library.optkit_decoder_room.restype = count
+    functions = (library.optkit_linear, library.optkit_gather, library.optkit_decode, library.optkit_decoder_room)
     lacking = sorted(MANY_FLAGS - cpu_flags())
     if wanted == "avx512":
         reason = "AMX is left out by OPTKIT_KERNELS"
@@ -130,5 +136,5 @@ def _open(wanted: str) -> tuple[Native, str]:
     elif library.optkit_request_amx() != 0:
         reason = "the system does not grant AMX to this process"
     else:
-        return Native(library.optkit_linear, library.optkit_gather, amx=True), "all kernels are in use"
-    return Native(library.optkit_linear, library.optkit_gather, amx=False), reason
+        return Native(*functions, amx=True), "all kernels are in use"
+    return Native(*functions, amx=False), reason

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from optkit.transforms.prune.magnitude import Magnitude as Magnitude
     from optkit.transforms.quantize.int4 import Int4 as Int4
     from optkit.transforms.quantize.int8 import Int8 as Int8
+    from optkit.transforms.runtime.compile import Compile as Compile
 
 TRANSFORMS: Registry[Transform] = Registry(
     "transform",
@@ -24,11 +25,25 @@ TRANSFORMS: Registry[Transform] = Registry(
         "dtype": "optkit.transforms.dtype:Dtype",
         "int8": "optkit.transforms.quantize.int8:Int8",
         "int4": "optkit.transforms.quantize.int4:Int4",
+        "compile": "optkit.transforms.runtime.compile:Compile",
         "data_parallel": "optkit.transforms.parallel.data_parallel:DataParallel",
     },
 )
 
-__all__ = ["TRANSFORMS", "Calibration", "DataParallel", "DropLayers", "Dtype", "Int4", "Int8", "Magnitude", "Plan", "Stage", "Transform"]
+__all__ = [
+    "TRANSFORMS",
+    "Calibration",
+    "Compile",
+    "DataParallel",
+    "DropLayers",
+    "Dtype",
+    "Int4",
+    "Int8",
+    "Magnitude",
+    "Plan",
+    "Stage",
+    "Transform",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from optkit.kernels import build, native
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, native_only: None) -> Path:
     source = tmp_path / "small.c"
     source.write_text("int answer(void) { return 42; }")
-    monkeypatch.setattr(build, "SOURCE", source)
+    monkeypatch.setattr(build, "SOURCES", (source,))
     folder = tmp_path / "cache"
     monkeypatch.setenv("OPTKIT_CACHE", str(folder))
     return folder
@@ -34,7 +34,7 @@ def test_the_library_is_compiled_once_and_found_again(own_cache: Path, capsys: p
 
 def test_a_broken_library_in_the_cache_is_made_anew(own_cache: Path) -> None:
     own_cache.mkdir(mode=0o700)
-    broken = own_cache / f"linear-{build._key(build._compiler())}.so"
+    broken = own_cache / f"kernels-{build._key(build._compiler())}.so"
     broken.write_bytes(b"no library")
     build.open_library()
     assert broken.read_bytes()[:4] == b"\x7fELF"
@@ -61,7 +61,7 @@ def test_a_failing_compiler_gives_its_reason(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_several_processes_may_compile_at_once(own_cache: Path) -> None:
-    use = f"build.SOURCE = pathlib.Path({str(build.SOURCE)!r}); print(build.open_library().answer())"
+    use = f"build.SOURCES = (pathlib.Path({str(build.SOURCES[0])!r}),); print(build.open_library().answer())"
     script = f"import pathlib; from optkit.kernels import build; {use}"
     environment = {**os.environ, "PYTHONPATH": str(Path(build.__file__).parents[2])}
     runs = [subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)]

@@ -26,9 +26,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dtype": {"dtype": "bfloat16"},
     "int8": {},
     "int4": {},
+    "compile": {},
     "data_parallel": {"size": 2},
 }
-NOT_FOR_BARE_MODULES = {"drop_layers": "no list of repeated blocks", "data_parallel": "a bare module has no place"}
+NOT_FOR_BARE_MODULES = {
+    "drop_layers": "no list of repeated blocks",
+    "data_parallel": "a bare module has no place",
+    "compile": "a bare module has none",
+}
 COMPOSITION = ["drop_layers", "magnitude", "int4"]
 NAMES = sorted(TRANSFORMS)
 BARE = [name for name in NAMES if name not in NOT_FOR_BARE_MODULES]

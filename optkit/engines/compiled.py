@@ -1,0 +1,99 @@
+"""Steps of one token as one graph of torch.compile, on a cache of fixed size. Prompts run eagerly, because their lengths differ."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optkit.kernels.packed import prepare_layers
+
+_ROUND_TO = 256
+
+
+class CompiledEngine:
+    """Generates with transformers' static cache; a new batch size, or a text beyond the cache's size, compiles anew."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module.eval()
+        self.compile_s = 0.0
+        self._caches: dict[tuple[int, int], Any] = {}
+        self._compiled: set[tuple[int, int]] = set()
+        self._key = (0, 0)  # sequences, and positions of their cache
+        self._length = 0
+        self._graph = torch.compile(self._forward, fullgraph=True, dynamic=False)
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor) -> Tensor:
+        """Take (b, p) input ids, fill the cache and return the (b, v) logits of the last position."""
+        prepare_layers(self.module)
+        batch, self._length = input_ids.shape
+        self._key = (batch, _rounded(self._length + _ROUND_TO // 2))
+        cache = self._cache()
+        cache.reset()
+        output = self.module(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    @torch.inference_mode()
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Take (b,) token ids, one for each sequence, and return their (b, v) logits."""
+        if self._length == self._key[1]:
+            self._grow()
+        start = time.perf_counter()
+        ids = token_ids[:, None].clone(memory_format=torch.contiguous_format)  # another stride would be another graph
+        logits: Tensor = self._graph(ids, torch.tensor([[self._length]]), self._cache())
+        if self._key not in self._compiled:
+            self._compiled.add(self._key)
+            self.compile_s += time.perf_counter() - start
+        self._length += 1
+        return logits
+
+    def reset(self) -> None:
+        """Forget the cache."""
+        self._length = 0
+
+    def _forward(self, ids: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        output = self.module(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def _cache(self) -> Any:
+        from transformers import StaticCache
+
+        if self._key not in self._caches:
+            self._caches[self._key] = StaticCache(config=self.module.config, max_cache_len=self._key[1])
+        return self._caches[self._key]
+
+    def _grow(self) -> None:
+        """Go on in a cache of twice the size."""
+        before = self._cache()
+        self._key = (self._key[0], 2 * self._key[1])
+        for old, new in zip(before.layers, self._cache().layers, strict=True):
+            if not new.is_initialized:
+                new.lazy_initialization(old.keys, old.values)
+            new.reset()
+            new.keys[:, :, : old.keys.shape[2]] = old.keys
+            new.values[:, :, : old.values.shape[2]] = old.values
+            new.cumulative_length.copy_(old.cumulative_length)
+
+
+def _rounded(positions: int) -> int:
+    return -(-positions // _ROUND_TO) * _ROUND_TO
+
+
+class CompiledForward:
+    """Calls the compiled module with one batch; a new shape may compile anew."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module.eval()
+        prepare_layers(self.module)
+        self._graph = torch.compile(self.module)
+
+    @torch.inference_mode()
+    def forward(self, batch: Mapping[str, Tensor]) -> Any:
+        """Return the module's output for one batch of keyword inputs."""
+        return self._graph(**batch)

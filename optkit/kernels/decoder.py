@@ -1,0 +1,156 @@
+"""One step of a Llama-like decoder in a single call: what decode.c needs to know of a model, and the memory it works in."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from optkit.core.errors import MissingError
+from optkit.kernels.native import native
+from optkit.kernels.packed import PackedLinear
+
+_POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Dense(ctypes.Structure):
+    _fields_ = (("packed", _POINTER), ("weight", _POINTER), ("bias", _POINTER), ("rows", _COUNT), ("cols", _COUNT), ("half", _COUNT))
+
+
+class _Block(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("input_norm", "attention_norm", "query_norm", "key_norm")),
+        *((name, _Dense) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        *((name, _POINTER) for name in ("keys", "values")),
+        ("window", _COUNT),
+    )
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = (
+        ("blocks", ctypes.POINTER(_Block)),
+        *((name, _POINTER) for name in ("final_norm", "cosine", "sine")),
+        ("head", _Dense),
+        *((name, _COUNT) for name in ("depth", "hidden", "heads", "kv_heads", "head_size", "widest", "capacity")),
+        ("epsilon", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """The parts of one block: norms as weights (n,), products as linear layers. ``window`` 0 means that all positions are looked at."""
+
+    input_norm: Tensor
+    attention_norm: Tensor
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    output: nn.Linear
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class DecoderParts:
+    """The parts of a decoder; ``scale`` multiplies the scores of attention."""
+
+    blocks: Sequence[BlockParts]
+    final_norm: Tensor
+    head: nn.Linear
+    heads: int
+    kv_heads: int
+    head_size: int
+    epsilon: float
+    scale: float
+
+
+class Decoder:
+    """Keys and values of some sequences of equal length, and the step that adds one token to each."""
+
+    def __init__(self, parts: DecoderParts, batch: int, cosine: Tensor, sine: Tensor) -> None:
+        """Take float32 cosine and sine (capacity, head_size).
+
+        Raises:
+            MissingError: the compiled kernels are not here.
+        """
+        found = native()
+        if found is None:
+            raise MissingError("the compiled kernels are not here; optkit.kernels.native.explain() says why")
+        self._native = found
+        self._kept: list[object] = [parts]
+        self.capacity, self.batch = len(cosine), batch
+        size = (batch, parts.kv_heads, self.capacity, parts.head_size)
+        self.keys = [torch.zeros(size) for _ in parts.blocks]
+        self.values = [torch.zeros(size) for _ in parts.blocks]
+        blocks = [self._block(part, keys, values) for part, keys, values in zip(parts.blocks, self.keys, self.values, strict=True)]
+        self._blocks = (_Block * len(blocks))(*blocks)
+        self._vocabulary = parts.head.out_features
+        hidden = parts.head.in_features
+        self._struct = _Decoder(
+            blocks=self._blocks,
+            final_norm=self._floats(parts.final_norm),
+            cosine=self._floats(cosine),
+            sine=self._floats(sine),
+            head=self._dense(parts.head),
+            depth=len(blocks),
+            hidden=hidden,
+            heads=parts.heads,
+            kv_heads=parts.kv_heads,
+            head_size=parts.head_size,
+            widest=max(part.gate.out_features for part in parts.blocks),
+            capacity=self.capacity,
+            epsilon=parts.epsilon,
+            scale=parts.scale,
+        )
+        self._threads = torch.get_num_threads()
+        self._room = torch.empty(found.decoder_room(ctypes.addressof(self._struct), batch, self._threads))
+
+    def step(self, hidden: Tensor, position: int) -> Tensor:
+        """Take embeddings (b, hidden) of the tokens at a position, and return float32 logits (b, v).
+
+        Raises:
+            IndexError: the position is beyond the capacity.
+        """
+        hidden = hidden.float().contiguous()
+        logits = torch.empty(len(hidden), self._vocabulary)
+        address = ctypes.addressof(self._struct)
+        status = self._native.decode(
+            address, hidden.data_ptr(), len(hidden), position, logits.data_ptr(), self._room.data_ptr(), self._threads
+        )
+        if status:
+            raise IndexError(f"position {position} is beyond the {self.capacity} positions of the cache")
+        return logits
+
+    def _block(self, part: BlockParts, keys: Tensor, values: Tensor) -> _Block:
+        norms = {name: self._floats(getattr(part, name)) for name in ("input_norm", "attention_norm", "query_norm", "key_norm")}
+        products = {name: self._dense(getattr(part, name)) for name in ("query", "key", "value", "output", "gate", "up", "down")}
+        return _Block(**norms, **products, keys=keys.data_ptr(), values=values.data_ptr(), window=part.window)
+
+    def _dense(self, layer: nn.Linear) -> _Dense:
+        bias = self._floats(layer.bias)
+        sizes = {"bias": bias, "rows": layer.out_features, "cols": layer.in_features}
+        if isinstance(layer, PackedLinear):
+            layer.owner.prepare()
+            plan = layer.owner.plan
+            assert plan is not None
+            self._kept.append(plan)
+            return _Dense(packed=plan.address, weight=None, half=0, **sizes)
+        weight = layer.weight.detach().contiguous()
+        weight = weight if weight.dtype is torch.bfloat16 else weight.float()
+        self._kept.append(weight)
+        return _Dense(packed=None, weight=weight.data_ptr(), half=int(weight.dtype is torch.bfloat16), **sizes)
+
+    def _floats(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        wide = tensor.detach().float().contiguous()
+        self._kept.append(wide)
+        return wide.data_ptr()

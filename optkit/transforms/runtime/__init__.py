@@ -1,0 +1,1 @@
+"""How the changed model executes; no weight is touched."""
