@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from importlib.metadata import version as installed
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -65,7 +66,7 @@ def main() -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, _terminate)
     if sys.stdout is None or sys.stderr is None:  # closed by the caller
-        nowhere = open(os.devnull, "w")  # noqa: SIM115
+        nowhere = Path(os.devnull).open("w")  # noqa: SIM115
         sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     try:
         code = _called()

@@ -103,7 +103,10 @@ class Worker:
         self.is_dead(within_s=5)
         code = self._process.returncode
         if code == -signal.SIGKILL:
-            return ResourceError(f"{self.name} was killed by the system, most likely because memory ran out; what is finished is kept, go on with --resume; its log is {self._log}")
+            return ResourceError(
+                f"{self.name} was killed by the system, most likely because memory ran out; what is finished is kept, go on with --resume; "
+                f"its log is {self._log}"
+            )
         how = f"by signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
         return ArmError(f"{self.name} ended {how}; its log is {self._log}")
 

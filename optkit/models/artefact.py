@@ -53,7 +53,6 @@ class _Structure(BaseModel, strict=True, extra="allow"):
     layers: dict[str, _Layer]
 
 
-
 def save(model: nn.Module | Subject, folder: str | Path) -> None:
     """Save a model so that ``load`` opens it in another process with equal outputs.
 

@@ -53,7 +53,7 @@ def test_a_tied_embedding_stays_tied_in_one_storage_and_is_saved_once(subject: S
         assert isinstance(embedding, Int8Embedding)
         assert isinstance(head, Int8Linear)
         assert head.tied is embedding
-    saved = load_file(tmp_path / "packed" / "model.safetensors")
+    saved = load_file(tmp_path / "packed" / "packed.safetensors")
     assert not any(name.startswith("lm_head") for name in saved)
     assert saved["model.embed_tokens.qweight"].shape == (96, 64)
 
@@ -75,7 +75,7 @@ def test_a_tied_head_that_is_excluded_stays_with_its_embedding(subject: Subjects
 def test_the_artefact_is_about_a_quarter_of_float32(subject: Subjects, tmp_path: Path) -> None:
     optkit.save(subject(hidden_size=128, intermediate_size=512), tmp_path / "dense")
     optkit.save(Int8().apply(subject(hidden_size=128, intermediate_size=512)), tmp_path / "packed")
-    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("packed", "dense")]
+    sizes = [(tmp_path / name / f"{file}.safetensors").stat().st_size for name, file in (("packed", "packed"), ("dense", "model"))]
     assert sizes[0] / sizes[1] < 0.3
 
 
