@@ -17,10 +17,11 @@ Recipe = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def ctrl_c_reaches_children() -> None:
-    """Undo what a shell does to commands in its background: they, and all that they start, ignore Ctrl-C."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def signals_reach_children() -> None:
+    """Undo what a shell and nohup do to commands in the background: they, and all that they start, ignore Ctrl-C and a hang-up."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
