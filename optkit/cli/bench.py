@@ -28,6 +28,8 @@ def kernels(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Time int8 and int4 layers beside PyTorch's own and beside the speed of the memory (default: 1, 4, 16, 128 and 256 tokens)."""
+    import torch
+
     from optkit.cli.progress import shown
     from optkit.core import files
     from optkit.core.environment import environment
@@ -42,7 +44,7 @@ def kernels(
     with shown() as progress:
         for count in tokens or (1, 4, 16, 128, 256):
             lines += bench_kernels(Case(rows, cols, weights, count), seconds, threads, progress=progress)
-    facts = {**environment(), "threads": threads, "kernels": explain()}
+    facts = {**environment(), "threads": torch.get_num_threads(), "kernels": explain()}
     title = f"Kernels: layers of {rows} x {cols}, {weights / 1e6:.0f} M weights; {explain()}"
     folder = files.new_folder(out / "bench-kernels")
     files.write_text(folder / "bench.json", to_json(lines, {"rows": rows, "cols": cols, "weights": weights}, facts))

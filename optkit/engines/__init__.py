@@ -26,7 +26,9 @@ def told(engine: Engine | ForwardEngine) -> str | None:
     if isinstance(engine, NativeEngine):
         return "steps of one token in one call of optkit's kernels, in float32; prompts by the model's own forward"
     if isinstance(engine, CompiledEngine):
-        return "steps of one token as one graph of torch.compile; prompts by the model's own forward"
+        reason = refusal(engine.module)
+        chosen = f" (not by optkit's kernels: {reason})" if reason else ""
+        return f"steps of one token as one graph of torch.compile{chosen}; prompts by the model's own forward"
     return "the module as graphs of torch.compile" if isinstance(engine, CompiledForward) else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,9 +18,7 @@ class CompiledEngine:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module.eval()
-        self.compile_s = 0.0
         self._caches: dict[tuple[int, int], Any] = {}
-        self._compiled: set[tuple[int, int]] = set()
         self._key = (0, 0)  # sequences, and positions of their cache
         self._length = 0
         self._graph = torch.compile(self._forward, fullgraph=True, dynamic=False)
@@ -43,12 +40,8 @@ class CompiledEngine:
         """Take (b,) token ids, one for each sequence, and return their (b, v) logits."""
         if self._length == self._key[1]:
             self._grow()
-        start = time.perf_counter()
         ids = token_ids[:, None].clone(memory_format=torch.contiguous_format)  # another stride would be another graph
         logits: Tensor = self._graph(ids, torch.tensor([[self._length]]), self._cache())
-        if self._key not in self._compiled:
-            self._compiled.add(self._key)
-            self.compile_s += time.perf_counter() - start
         self._length += 1
         return logits
 

@@ -1,4 +1,4 @@
-"""The kernel bench: packed layers beside PyTorch's own and beside the memory itself, in turns, on weights larger than a cache.
+"""The kernel bench: packed layers beside PyTorch's own and beside the memory itself, in turns, on many layers one after another.
 
 For one token the question is the share of the read bandwidth, because every weight is read once. For many tokens it is the time against
 a bfloat16 product, because the arithmetic decides.
@@ -40,7 +40,7 @@ class Case:
 
     @property
     def layers(self) -> int:
-        """How many layers of this size make up the weights; for many tokens a few are enough to be larger than a cache."""
+        """How many layers of this size make up the weights; for many tokens an eighth of them, because the arithmetic decides."""
         return max(1, self.weights // (self.rows * self.cols) // (1 if self.tokens <= FEW_TOKENS else 8))
 
 
@@ -54,7 +54,7 @@ class _Contender:
 def bench_kernels(
     case: Case, seconds: float = 20.0, threads: int | None = None, seed: int = 0, progress: Progress = lambda doing, share: None
 ) -> list[Line]:
-    """Time every contender in turn, each after every other, until the time is spent; return one line each, the reference first.
+    """Time all contenders in random order, none twice in a row, until the time is spent; return one line each, the reference first.
 
     For up to 16 tokens the reference is a sweep that only reads as many bytes, scaled to the contender's own; beyond, a bfloat16 product.
     """

@@ -117,8 +117,13 @@ class Decoder:
         """Take embeddings (b, hidden) of the tokens at a position, and return float32 logits (b, v).
 
         Raises:
+            ValueError: there are not as many embeddings as sequences.
             IndexError: the position is beyond the capacity.
         """
+        if hidden.shape != (self.batch, self._struct.hidden):
+            raise ValueError(f"embeddings {tuple(hidden.shape)} do not fit {self.batch} sequences of {self._struct.hidden} channels")
+        if position < 0:
+            raise IndexError(f"position {position} is negative")
         hidden = hidden.float().contiguous()
         logits = torch.empty(len(hidden), self._vocabulary)
         address = ctypes.addressof(self._struct)

@@ -11,9 +11,10 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from optkit.core.subject import Subject
-from optkit.engines import CompiledEngine, EagerEngine
+from optkit.engines import CompiledEngine, CompiledForward, EagerEngine, NativeEngine, engine_for, told
 from optkit.engines import compiled as home
-from optkit.transforms import Int8
+from optkit.kernels.native import native
+from optkit.transforms import Compile, Int8
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +41,6 @@ def test_compiled_steps_give_the_logits_of_the_model_with_one_graph(subject: Any
         for column in ids[:, prompt:].T:
             torch.testing.assert_close(fast.step(column), plain.step(column), rtol=1e-4, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1
-    assert fast.compile_s > 0
 
 
 def test_a_text_beyond_the_cache_goes_on_in_a_larger_one(subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +52,21 @@ def test_a_text_beyond_the_cache_goes_on_in_a_larger_one(subject: Any, monkeypat
     plain.prefill(ids[:, :4])
     for column in ids[:, 4:].T:
         torch.testing.assert_close(fast.step(column), plain.step(column), rtol=1e-4, atol=1e-4)
+
+
+def test_a_plain_module_runs_compiled(mlp: Callable[[], nn.Module]) -> None:
+    module = Int8().apply(mlp())
+    engine = engine_for(Compile().apply(Subject(module, "mlp", kind="module")))
+    assert isinstance(engine, CompiledForward)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(engine.forward({"input": x}), module(x))
+
+
+def test_the_backend_is_chosen_by_the_model_and_the_reason_is_told(subject: Any) -> None:
+    other = engine_for(Compile().apply(Subject(gpt2(None), "gpt2")))
+    assert isinstance(other, CompiledEngine)
+    assert "gpt2 is none of llama" in (told(other) or "")
+    known = engine_for(Compile().apply(subject()))
+    assert isinstance(known, NativeEngine if native() is not None else CompiledEngine)
+    asked = engine_for(Compile(backend="inductor").apply(subject()))
+    assert isinstance(asked, CompiledEngine)

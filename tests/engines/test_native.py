@@ -141,3 +141,13 @@ def test_what_it_does_not_know_is_refused_with_the_reason(build: Any, family: st
 def test_without_kernels_it_is_refused(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(home, "native", lambda: None)
     assert refusal(build("llama")) is not None
+
+
+@needs_kernels
+def test_a_step_for_another_number_of_sequences_is_refused(build: Any) -> None:
+    engine = NativeEngine(build("llama"))
+    with pytest.raises(ValueError, match="do not fit"):
+        engine.step(torch.zeros(1, dtype=torch.long))
+    engine.prefill(torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="do not fit 2 sequences"):
+        engine.step(torch.zeros(3, dtype=torch.long))
