@@ -136,8 +136,8 @@ def _int8(rows: int, cols: int) -> Int8Linear:
 
 def _int4(group_size: int) -> Callable[[int, int], Int4Linear]:
     def make(rows: int, cols: int) -> Int4Linear:
-        scale, zero = (torch.rand(rows, cols // group_size).bfloat16() for _ in range(2))
-        return Int4Linear((_numbers(rows, cols // 2, 0, 256, torch.uint8), scale, zero), None, group_size, torch.bfloat16)
+        scale, point = (torch.rand(rows, cols // group_size).bfloat16() for _ in range(2))
+        return Int4Linear((_numbers(rows, cols // 2, 0, 256, torch.uint8), scale, point), None, group_size, torch.bfloat16)
 
     return make
 

@@ -21,6 +21,7 @@ struct layer {
     int64_t rows, cols;  /* of the weight: out_features, in_features */
     int64_t group;       /* columns in a group; 0 for int8 */
     int64_t many_from;   /* from so many rows of x on, tiles are used */
+    int64_t float16;     /* int4: scales and points are float16, else bfloat16 */
 };
 
 struct call {
@@ -104,6 +105,13 @@ INLINE AVX void few_int8(const struct call *c, int64_t m, int64_t block, const i
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int b = 0; b < count; b++) finish(c, m + r, block + b, sum[r][b]);
 }
 
+/* 16 scales or points of int4 groups. */
+INLINE AVX __m512 group_number(const struct call *c, const uint8_t *at)
+{
+    __m256i bits = _mm256_loadu_si256((const __m256i *)at);
+    return c->layer->float16 ? _mm512_cvtph_ps(bits) : widen(bits);
+}
+
 INLINE AVX __m512 numbers(void) { return _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
 
 INLINE AVX void few_int4(const struct call *c, int64_t m, int64_t block, const int rows, const int count)
@@ -133,12 +141,10 @@ INLINE AVX void few_int4(const struct call *c, int64_t m, int64_t block, const i
             }
         }
         UNROLL for (int b = 0; b < count; b++) {
-            const uint16_t *at = (const uint16_t *)(weight + b * bytes + group * 8);
-            __m512 scale = load(at, 0, 1, 0xffff), zero = load(at, LANES, 1, 0xffff);
-            UNROLL for (int r = 0; r < rows; r++) {
-                total[r][b] = _mm512_fmadd_ps(sum[r][b], scale, total[r][b]);
-                total[r][b] = _mm512_fmadd_ps(zero, _mm512_set1_ps(c->sums[(m + r) * c->groups + g]), total[r][b]);
-            }
+            const uint8_t *at = weight + b * bytes + group * 8;
+            __m512 scale = group_number(c, at), point = group_number(c, at + 2 * LANES);
+            UNROLL for (int r = 0; r < rows; r++)
+                total[r][b] = _mm512_fmadd_ps(_mm512_fnmadd_ps(point, _mm512_set1_ps(c->sums[(m + r) * c->groups + g]), sum[r][b]), scale, total[r][b]);
         }
     }
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int b = 0; b < count; b++) finish(c, m + r, block + b, total[r][b]);

@@ -1,4 +1,4 @@
-"""Weight-only int4 in groups of columns, asymmetric: 4 bits a weight and 4 bytes a group. Coarser than int8, and small models feel it."""
+"""Weight-only int4 in groups of columns: 4 bits a weight and 4 bytes a group. Coarser than int8, and small models feel it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 
 
 def quantize_groups(weight: Tensor, group_size: int, clip_search: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q (out, in / 2), two numbers 0..15 a byte with the even column low, and bfloat16 scale and zero (out, in / group_size).
+    """Return q (out, in / 2), two numbers 0..15 a byte with the even column low, and bfloat16 scale and point (out, in / group_size).
 
-    The law: weight ~ q * scale + zero within each group of ``group_size`` columns of a row, and q = round((weight - zero) / scale). Without
-    the search, zero is the group's minimum and scale its range / 15. The search tries smaller ranges, fits scale and zero to the rounded
+    The law: weight ~ (q - point) * scale within each group of ``group_size`` columns of a row, and q = round(weight / scale + point).
+    Without the search, the range of the group is divided by 15. The search tries smaller ranges, fits scale and point to the rounded
     numbers by least squares, and keeps for every group what gives the least squared error; the error never grows by it.
-    Scale and zero are rounded to bfloat16 before the numbers are chosen, so that rounding them costs next to nothing.
+    Scale and point are rounded to bfloat16 before the numbers are chosen, so that rounding them costs next to nothing. A group of one
+    value has that value as its scale.
 
     Raises:
         TransformError: the group size does not divide the columns, the weight is no matrix, or it holds NaN or infinity.
@@ -33,21 +34,21 @@ def quantize_groups(weight: Tensor, group_size: int, clip_search: bool = True) -
     refuse_non_matrix(weight)
     refuse_group_size(weight.shape[1], group_size)
     parts = [_search(rows.reshape(len(rows), -1, group_size), _SHRINKS if clip_search else ()) for rows in row_chunks(weight)]
-    q, scale, zero = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    refuse_non_finite(scale.float() + zero.float())
-    return q, scale, zero
+    q, scale, point = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    refuse_non_finite(scale.float() + point.float())
+    return q, scale, point
 
 
-def dequantize_groups(q: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the weight (out, in) = q * scale + zero, computed in float32 (float64 for float64) and rounded to ``dtype``."""
+def dequantize_groups(q: Tensor, scale: Tensor, point: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the weight (out, in) = (q - point) * scale, computed in float32 (float64 for float64) and rounded to ``dtype``."""
     wide = torch.promote_types(dtype, torch.float32)
     numbers = unpack_nibbles(q).reshape(*scale.shape, -1).to(wide)
-    return torch.addcmul(zero.to(wide)[..., None], numbers, scale.to(wide)[..., None]).flatten(1).to(dtype)
+    return numbers.sub_(point.to(wide)[..., None]).mul_(scale.to(wide)[..., None]).flatten(1).to(dtype)
 
 
-def int4_linear_reference(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None = None) -> Tensor:
+def int4_linear_reference(x: Tensor, q: Tensor, scale: Tensor, point: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x (..., in) times the dequantized weight, transposed, plus bias (out,): what the kernels compute, in plain PyTorch."""
-    return functional.linear(x, dequantize_groups(q, scale, zero, x.dtype), None if bias is None else bias.to(x.dtype))
+    return functional.linear(x, dequantize_groups(q, scale, point, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def refuse_group_size(in_features: int, group_size: int) -> None:
@@ -67,15 +68,19 @@ def refuse_group_size(in_features: int, group_size: int) -> None:
 
 
 class Int4Linear(PackedLinear):
-    """A linear layer with int4 weights. It takes no part in training: weight and bias get no gradient, the input does."""
+    """A linear layer with int4 weights. It takes no part in training: weight and bias get no gradient, the input does.
 
-    portable: ClassVar[tuple[str, ...]] = ("qweight", "scale", "zero")
-    replaced: ClassVar[tuple[str, ...]] = ("qweight", "scale", "zero")
+    ``tensors`` are q (out, in / 2) with scale and point (out, groups), both bfloat16 or both float16; see ``quantize_groups``.
+    """
+
+    portable: ClassVar[tuple[str, ...]] = ("qweight", "scale", "point")
+    replaced: ClassVar[tuple[str, ...]] = ("qweight", "scale", "point")
 
     def __init__(self, tensors: tuple[Tensor, ...], bias: Tensor | None, group_size: int, compute_dtype: torch.dtype) -> None:
         rows, half = tensors[0].shape
         super().__init__(tensors, bias, (2 * half, rows), compute_dtype)
         self.group_size = group_size
+        self.scale_dtype = tensors[1].dtype
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None = None, group_size: int = 64, clip_search: bool = True) -> Self:
@@ -97,7 +102,15 @@ class Int4Linear(PackedLinear):
         return cls.from_weight(linear.weight, linear.bias, group_size, clip_search).train(linear.training)
 
     @classmethod
-    def empty(cls, in_features: int, out_features: int, group_size: int = 64, bias: bool = True, dtype: str = "float32") -> Self:
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        group_size: int = 64,
+        bias: bool = True,
+        dtype: str = "float32",
+        scale_dtype: str = "bfloat16",
+    ) -> Self:
         """Return a layer of zeros, to load a state into.
 
         Raises:
@@ -106,35 +119,33 @@ class Int4Linear(PackedLinear):
         refuse_group_size(in_features, group_size)
         kind, groups = dtype_named(dtype), (out_features, in_features // group_size)
         numbers = torch.zeros(out_features, in_features // 2, dtype=torch.uint8)
-        tensors = (numbers, torch.zeros(groups, dtype=torch.bfloat16), torch.zeros(groups, dtype=torch.bfloat16))
-        return cls(tensors, torch.zeros(out_features, dtype=kind) if bias else None, group_size, kind)
+        scale, point = (torch.zeros(groups, dtype=dtype_named(scale_dtype)) for _ in range(2))
+        return cls((numbers, scale, point), torch.zeros(out_features, dtype=kind) if bias else None, group_size, kind)
 
     @property
     def weight_bytes(self) -> int:
-        """The bytes that have to be read for one token: numbers, scales, zeros and bias."""
+        """The bytes that have to be read for one token: numbers, scales, points and bias."""
         groups = self.in_features // self.group_size
         return self.out_features * (self.in_features // 2 + 4 * groups) + (0 if self.bias is None else self.bias.nbytes)
 
     def layout(self) -> dict[str, Any]:
         """Return the arguments of ``empty``."""
-        dtype = str(self.compute_dtype).removeprefix("torch.")
+        dtype, scale_dtype = (str(kind).removeprefix("torch.") for kind in (self.compute_dtype, self.scale_dtype))
         sizes = {"in_features": self.in_features, "out_features": self.out_features, "group_size": self.group_size}
-        return {**sizes, "bias": self.bias is not None, "dtype": dtype}
+        return {**sizes, "bias": self.bias is not None, "dtype": dtype, "scale_dtype": scale_dtype}
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (out_features, in_features) as floats of this dtype."""
-        q, scale, zero = self.tensors()
-        return dequantize_groups(q, scale, zero, dtype)
+        return dequantize_groups(*self.tensors(), dtype)
 
     def _to_kernel(self) -> Tensor:
-        q, scale, zero = self.tensors()
-        return groups_to_kernel(q, scale, zero)
+        return groups_to_kernel(*self.tensors())
 
     def _from_kernel(self, kernel: Tensor) -> tuple[Tensor, ...]:
-        return groups_from_kernel(kernel, self.out_features, self.in_features)
+        return groups_from_kernel(kernel, self.out_features, self.in_features, self.scale_dtype)
 
     def _struct(self, kernel: Tensor) -> tuple[LayerStruct, int]:
-        return struct_at(kernel.data_ptr(), None, self.out_features, self.in_features, self.group_size)
+        return struct_at(kernel.data_ptr(), None, self.out_features, self.in_features, self.group_size, self.scale_dtype is torch.float16)
 
 
 def _search(groups: Tensor, shrinks: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,26 +156,31 @@ def _search(groups: Tensor, shrinks: tuple[float, ...]) -> tuple[Tensor, Tensor,
         middle, reach = (low / 2 + high / 2), (high / 2 - low / 2) * shrink
         trial = _round(groups, reach * 2 / _LEVELS, middle - reach)
         best = _better(best, _better(trial, _fit(groups, trial.q)))
-    return pack_nibbles(best.q.flatten(1)), best.scale, best.zero
+    return pack_nibbles(best.q.flatten(1)), best.scale, best.point
 
 
 class _Trial(NamedTuple):
     q: Tensor  # uint8 (rows, groups, group_size)
-    scale: Tensor  # bfloat16 (rows, groups), as zero
-    zero: Tensor
+    scale: Tensor  # bfloat16 (rows, groups), as point
+    point: Tensor
     error: Tensor  # float32 (rows, groups): the squared error
 
 
-def _round(groups: Tensor, scale: Tensor, zero: Tensor) -> _Trial:
-    scale, zero = scale.to(torch.bfloat16), zero.to(torch.bfloat16)
-    step, base = scale.float()[..., None], zero.float()[..., None]
-    numbers = ((groups - base) / torch.where(step > 0, step, 1)).round_().clamp_(0, _LEVELS)
-    error = torch.addcmul(base, numbers, step).sub_(groups).square_().sum(dim=-1)
-    return _Trial(numbers.to(torch.uint8), scale, zero, error)
+def _round(groups: Tensor, scale: Tensor, low: Tensor) -> _Trial:
+    """Quantize with a scale, and with 0 standing for ``low``."""
+    level = scale.abs() <= low.abs() * 2**-20  # too little range for the point to be a number of use
+    scale = torch.where(level, low, scale).to(torch.bfloat16)
+    step = scale.float()
+    whole = torch.where(step != 0, step, 1)
+    point = torch.where(level, 0, -low / whole).to(torch.bfloat16)
+    base = point.float()[..., None]
+    numbers = (groups / whole[..., None]).add_(base).round_().clamp_(0, _LEVELS)
+    error = (numbers - base).mul_(step[..., None]).sub_(groups).square_().sum(dim=-1)
+    return _Trial(numbers.to(torch.uint8), scale, point, error)
 
 
 def _fit(groups: Tensor, q: Tensor) -> _Trial:
-    """Fit scale and zero to given numbers by least squares, then round anew."""
+    """Fit scale and point to given numbers by least squares, then round anew."""
     numbers = q.float()
     mean, center = numbers.mean(dim=-1, keepdim=True), groups.mean(dim=-1, keepdim=True)
     spread = (numbers - mean).square().sum(dim=-1)

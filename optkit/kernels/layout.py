@@ -31,13 +31,13 @@ def rows_from_kernel(kernel: Tensor, rows: int, cols: int) -> Tensor:
     return kernel.transpose(1, 2).flatten(0, 1)[:rows, :cols].contiguous()
 
 
-def groups_to_kernel(packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Return int4 weights as bytes (blocks, groups, 8 * group_size + 64): the numbers of 16 output rows, then their scales and zeros.
+def groups_to_kernel(packed: Tensor, scale: Tensor, point: Tensor) -> Tensor:
+    """Return int4 weights as bytes (blocks, groups, 8 * group_size + 64): the numbers of 16 output rows, then their scales and points.
 
     Args:
         packed: bytes (out, in / 2), two numbers each.
-        scale: bfloat16 (out, groups).
-        zero: bfloat16 (out, groups).
+        scale: (out, groups) of a type of 16 bits.
+        point: the same.
     """
     groups = scale.shape[1]
     blocks = functional.pad(packed, (0, 0, 0, -packed.shape[0] % LANES)).reshape(-1, LANES, packed.shape[1] // 4, 4)
@@ -45,17 +45,17 @@ def groups_to_kernel(packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     halves = torch.cat((low, high), dim=-1)
     dwords = (halves[..., 0::2] | halves[..., 1::2] << 4).transpose(1, 2)  # (blocks, in / 8, 16, 4)
     numbers = dwords.reshape(dwords.shape[0], groups, -1)
-    return torch.cat((numbers, _lanes_to_bytes(scale), _lanes_to_bytes(zero)), dim=-1)
+    return torch.cat((numbers, _lanes_to_bytes(scale), _lanes_to_bytes(point)), dim=-1)
 
 
-def groups_from_kernel(kernel: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return bytes (out, in / 2), scale and zero (out, groups) from the layout of ``groups_to_kernel``."""
+def groups_from_kernel(kernel: Tensor, rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    """Return bytes (out, in / 2), scale and point (out, groups) of the given dtype from the layout of ``groups_to_kernel``."""
     end = kernel.shape[2] - 4 * LANES
     dwords = kernel[:, :, :end].reshape(kernel.shape[0], cols // 8, LANES, 4).transpose(1, 2)
     halves = torch.stack((dwords & 15, dwords >> 4), dim=-1).flatten(-2)
     packed = (halves[..., :4] | halves[..., 4:] << 4).flatten(2).flatten(0, 1)[:rows].contiguous()
-    scale = _bytes_to_lanes(kernel[:, :, end : end + 2 * LANES], rows)
-    return packed, scale, _bytes_to_lanes(kernel[:, :, end + 2 * LANES :], rows)
+    scale = _bytes_to_lanes(kernel[:, :, end : end + 2 * LANES], rows, dtype)
+    return packed, scale, _bytes_to_lanes(kernel[:, :, end + 2 * LANES :], rows, dtype)
 
 
 def _lanes_to_bytes(values: Tensor) -> Tensor:
@@ -63,5 +63,5 @@ def _lanes_to_bytes(values: Tensor) -> Tensor:
     return padded.reshape(-1, LANES, padded.shape[1]).transpose(1, 2).contiguous().view(torch.uint8)
 
 
-def _bytes_to_lanes(raw: Tensor, rows: int) -> Tensor:
-    return raw.contiguous().view(torch.bfloat16).transpose(1, 2).flatten(0, 1)[:rows].contiguous()
+def _bytes_to_lanes(raw: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    return raw.contiguous().view(dtype).transpose(1, 2).flatten(0, 1)[:rows].contiguous()

@@ -5,7 +5,7 @@
  *
  * Layout of the weights, in blocks of 16 output rows, so that each of the 16 lanes of a register owns a row and no sum crosses lanes:
  *   int8  (blocks, cols rounded up to 4, 16) bytes
- *   int4  (blocks, groups, 8 * group_size + 64) bytes: for every 8 columns 16 dwords, one a row; then 16 bfloat16 scales and 16 minima.
+ *   int4  (blocks, groups, 8 * group_size + 64) bytes: for every 8 columns 16 dwords, one a row; then 16 scales and 16 points, in 16 bits.
  *         In a dword, nibble i of the low half is column 2 i, nibble i of the high half is column 2 i + 1.
  * Rows beyond the last are zero and never stored. No function keeps memory or state; all return 0, or a negative number for a refusal.
  */
@@ -34,7 +34,8 @@ INLINE AMX void tile_int4(const struct call *c, const uint8_t *weight, int64_t k
     const __m512 table = numbers();
     const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32((int)0xffff0000u);
     weight += (k / group) * c->group_bytes;
-    __m512 scale = load(weight + group * 8, 0, 1, 0xffff), zero = load(weight + group * 8, LANES, 1, 0xffff);
+    __m512 scale = group_number(c, weight + group * 8), point = group_number(c, weight + group * 8 + 2 * LANES);
+    __m512 zero = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(point, scale)); /* what 0 stands for */
     UNROLL for (int j = 0; j < 4; j++) {
         __m512i w = _mm512_loadu_si512(weight + (k % group + 8 * j) * 8);
         UNROLL for (int i = 0; i < 4; i++, tile += 64) {

@@ -34,6 +34,7 @@ class LayerStruct(ctypes.Structure):
         ("cols", ctypes.c_int64),
         ("group", ctypes.c_int64),
         ("many_from", ctypes.c_int64),
+        ("float16", ctypes.c_int64),
     )
 
 
@@ -71,10 +72,13 @@ def explain() -> str:
 
 
 @lru_cache(maxsize=4096)
-def struct_at(weight: int, scale: int | None, rows: int, cols: int, group: int) -> tuple[LayerStruct, int]:
-    """Return the C struct of these addresses and sizes, and its own address. It keeps no tensor alive."""
+def struct_at(weight: int, scale: int | None, rows: int, cols: int, group: int, float16: bool = False) -> tuple[LayerStruct, int]:
+    """Return the C struct of these addresses and sizes, and its own address. It keeps no tensor alive.
+
+    ``float16``: scales and points of int4 are float16, else bfloat16.
+    """
     found = native()
-    struct = LayerStruct(weight, scale, rows, cols, group, MANY_FROM if found is not None and found.amx else _NEVER)
+    struct = LayerStruct(weight, scale, rows, cols, group, MANY_FROM if found is not None and found.amx else _NEVER, float16)
     return struct, ctypes.addressof(struct)
 
 

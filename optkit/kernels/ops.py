@@ -40,24 +40,27 @@ def multiply(kernels: Native, address: int, input: Tensor, bias: Tensor | None, 
 
 
 @torch.library.custom_op("optkit::packed_linear", mutates_args=(), device_types="cpu")
-def packed_linear(input: Tensor, kernel: Tensor, scale: Tensor | None, bias: Tensor | None, cols: int, rows: int, group: int) -> Tensor:
+def packed_linear(
+    input: Tensor, kernel: Tensor, scale: Tensor | None, bias: Tensor | None, cols: int, rows: int, group: int, float16: bool
+) -> Tensor:
     """Return input (..., cols) times the packed weight (rows, cols), plus bias (rows), in the dtype of the input.
 
     Args:
         kernel: the weight in the layout of the kernels.
         scale: float32 (rows,) for int8; None for int4, whose scales are within ``kernel``.
         group: columns in a group; 0 for int8.
+        float16: the scales within ``kernel`` are float16, not bfloat16.
     """
     found = native()
     if found is None:
         raise OptkitError("a model compiled with packed kernels runs where there are none; compile it anew on this machine")
     bias = bias if bias is None or bias.dtype in HALF else bias.float()
-    struct, address = struct_at(kernel.data_ptr(), None if scale is None else scale.data_ptr(), rows, cols, group)
+    struct, address = struct_at(kernel.data_ptr(), None if scale is None else scale.data_ptr(), rows, cols, group, float16)
     output = multiply(found, address, input, bias, rows)
     del struct  # it had to live until here
     return output
 
 
 @packed_linear.register_fake
-def _(input: Tensor, kernel: Tensor, scale: Tensor | None, bias: Tensor | None, cols: int, rows: int, group: int) -> Tensor:
+def _(input: Tensor, kernel: Tensor, scale: Tensor | None, bias: Tensor | None, cols: int, rows: int, group: int, float16: bool) -> Tensor:
     return input.new_empty((*input.shape[:-1], rows))

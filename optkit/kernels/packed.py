@@ -136,6 +136,7 @@ class PackedLinear(PackedLayer, nn.Linear):
     """
 
     group_size: int = 0
+    scale_dtype: torch.dtype = torch.float32
 
     def __init__(self, tensors: tuple[Tensor, ...], bias: Tensor | None, sizes: tuple[int, int], compute_dtype: torch.dtype) -> None:
         super().__init__(tensors, compute_dtype)
@@ -188,7 +189,8 @@ class PackedLinear(PackedLayer, nn.Linear):
         if kernel is None or input.dtype not in HALF or input.device.type != "cpu" or (torch.is_grad_enabled() and input.requires_grad):
             return self._forward_torch(input)
         scale = None if self.group_size else self.owner.scale
-        output: Tensor = packed_linear(input, kernel, scale, self.bias, self.in_features, self.out_features, self.group_size)
+        sizes = (self.in_features, self.out_features, self.group_size, self.scale_dtype is torch.float16)
+        output: Tensor = packed_linear(input, kernel, scale, self.bias, *sizes)
         return output
 
     def _forward_torch(self, input: Tensor) -> Tensor:

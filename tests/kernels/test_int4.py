@@ -10,19 +10,19 @@ from optkit.kernels.layout import groups_from_kernel, groups_to_kernel, pack_nib
 
 
 def squared_error(weight: torch.Tensor, group_size: int, clip_search: bool) -> torch.Tensor:
-    q, scale, zero = quantize_groups(weight, group_size, clip_search)
-    error = dequantize_groups(q, scale, zero, torch.float64) - weight.double()
+    q, scale, point = quantize_groups(weight, group_size, clip_search)
+    error = dequantize_groups(q, scale, point, torch.float64) - weight.double()
     return error.square().unflatten(1, (-1, group_size)).sum(dim=-1)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_without_search_no_weight_is_off_by_much_more_than_half_a_scale(group_size: int) -> None:
     weight = torch.randn(50, 256) * torch.logspace(-4, 4, 50)[:, None] + 0.1
-    q, scale, zero = quantize_groups(weight, group_size, clip_search=False)
+    q, scale, point = quantize_groups(weight, group_size, clip_search=False)
     assert q.shape == (50, 128) and q.dtype == torch.uint8
-    assert scale.shape == zero.shape == (50, 256 // group_size) and scale.dtype == zero.dtype == torch.bfloat16
-    error = (dequantize_groups(q, scale, zero) - weight).abs().unflatten(1, (-1, group_size))
-    assert (error <= 0.56 * scale.float()[..., None] + zero.float().abs()[..., None] / 128).all()
+    assert scale.shape == point.shape == (50, 256 // group_size) and scale.dtype == point.dtype == torch.bfloat16
+    error = (dequantize_groups(q, scale, point) - weight).abs().unflatten(1, (-1, group_size))
+    assert (error <= scale.float().abs()[..., None] * (0.56 + point.float().abs()[..., None] / 128)).all()
 
 
 def test_the_search_never_makes_a_group_worse_and_mostly_better() -> None:
@@ -38,8 +38,8 @@ def test_a_group_of_one_value_keeps_it_to_bfloat16() -> None:
 
 
 def test_four_bytes_a_group_are_all_that_is_added() -> None:
-    q, scale, zero = quantize_groups(torch.randn(32, 256), 64)
-    assert (q.nbytes + scale.nbytes + zero.nbytes) / (32 * 256) == 0.5625
+    q, scale, point = quantize_groups(torch.randn(32, 256), 64)
+    assert (q.nbytes + scale.nbytes + point.nbytes) / (32 * 256) == 0.5625
 
 
 @pytest.mark.parametrize(
@@ -64,12 +64,12 @@ def test_nan_and_infinity_are_refused_with_the_row(bad: float) -> None:
 def test_the_layout_of_the_kernels_is_exact_both_ways() -> None:
     for rows, cols, group_size in [(1, 32, 32), (16, 64, 64), (33, 256, 128), (100, 96, 32)]:
         q = torch.randint(0, 16, (rows, cols), dtype=torch.uint8)
-        scale, zero = (torch.randn(rows, cols // group_size).bfloat16() for _ in range(2))
+        scale, point = (torch.randn(rows, cols // group_size).bfloat16() for _ in range(2))
         packed = pack_nibbles(q)
         torch.testing.assert_close(unpack_nibbles(packed), q, rtol=0, atol=0)
-        kernel = groups_to_kernel(packed, scale, zero)
+        kernel = groups_to_kernel(packed, scale, point)
         assert kernel.shape == (-(-rows // 16), cols // group_size, 8 * group_size + 64)
-        for back, tensor in zip(groups_from_kernel(kernel, rows, cols), (packed, scale, zero), strict=True):
+        for back, tensor in zip(groups_from_kernel(kernel, rows, cols), (packed, scale, point), strict=True):
             torch.testing.assert_close(back, tensor, rtol=0, atol=0)
 
 
@@ -85,3 +85,15 @@ def test_the_reference_and_the_layer_agree(backend: str, group_size: int) -> Non
 def test_the_bytes_for_one_token_are_counted() -> None:
     layer = Int4Linear.from_linear(nn.Linear(128, 8), group_size=64)
     assert layer.weight_bytes == 8 * 64 + 8 * 2 * 4 + 8 * 4
+
+
+def test_scales_in_float16_run_too(backend: str) -> None:
+    q, scale, point = quantize_groups(torch.randn(40, 256), 64)
+    tensors = (q, scale.half(), point.half())
+    layer = Int4Linear(tensors, None, 64, torch.float32)
+    assert layer.layout()["scale_dtype"] == "float16"
+    for rows, limit in ((1, 1e-4), (20, 0.2)):
+        x = torch.randn(rows, 256)
+        torch.testing.assert_close(layer(x), int4_linear_reference(x, *tensors), rtol=0, atol=limit)
+    for back, tensor in zip(layer.tensors(), tensors, strict=True):
+        torch.testing.assert_close(back, tensor, rtol=0, atol=0)

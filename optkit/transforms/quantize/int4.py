@@ -20,7 +20,7 @@ GROUP_SIZES = (32, 64, 128)
 
 
 class Int4(Transform):
-    """Linear layers packed in 4 bits and run packed; scale and zero point for each group of inputs."""
+    """Linear layers packed in 4 bits and run packed; a scale and a zero point for each group of inputs."""
 
     stage: ClassVar[Stage] = Stage.QUANTIZE
     group_size: Literal[32, 64, 128] = Field(default=64, description="inputs that share a scale")
