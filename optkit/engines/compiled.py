@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optkit.engines.eager import cache_name
 from optkit.kernels.packed import prepare_layers
 
 _ROUND_TO = 256
@@ -21,6 +22,7 @@ class CompiledEngine:
         self._caches: dict[tuple[int, int], Any] = {}
         self._key = (0, 0)  # sequences, and positions of their cache
         self._length = 0
+        self._cache_name = cache_name(module)
         self._graph = torch.compile(self._forward, fullgraph=True, dynamic=False)
 
     @torch.inference_mode()
@@ -31,7 +33,7 @@ class CompiledEngine:
         self._key = (batch, _rounded(self._length + _ROUND_TO // 2))
         cache = self._cache()
         cache.reset()
-        output = self.module(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        output = self.module(input_ids=input_ids, use_cache=True, **{self._cache_name: cache})
         logits: Tensor = output.logits[:, -1]
         return logits
 
@@ -50,7 +52,7 @@ class CompiledEngine:
         self._length = 0
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        output = self.module(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        output = self.module(input_ids=ids, position_ids=positions, use_cache=True, **{self._cache_name: cache})
         logits: Tensor = output.logits[:, -1]
         return logits
 

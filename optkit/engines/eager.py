@@ -10,12 +10,18 @@ import torch
 from torch import Tensor, nn
 
 
+def cache_name(module: nn.Module) -> str:
+    """Return what this version of transformers calls the cache of keys and values, as an argument and in the output."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
 class EagerEngine:
     """Generates with the key-value cache that transformers makes for the model."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module.eval()
         self.cache: Any = None
+        self._cache_name = cache_name(module)
         # Only the last position's logits are wanted; a model that cannot leave the others out computes them all.
         self._keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}
 
@@ -35,8 +41,8 @@ class EagerEngine:
         self.cache = None
 
     def _run(self, ids: Tensor) -> Tensor:
-        output = self.module(input_ids=ids, past_key_values=self.cache, use_cache=True, **self._keep)
-        self.cache = output.past_key_values
+        output = self.module(input_ids=ids, use_cache=True, **{self._cache_name: self.cache}, **self._keep)
+        self.cache = output[self._cache_name]
         logits: Tensor = output.logits[:, -1]
         return logits
 
