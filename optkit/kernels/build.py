@@ -19,24 +19,28 @@ from optkit.core.files import write_bytes
 
 _HERE = Path(__file__).parent
 SOURCES = (_HERE / "linear.c", _HERE / "decode.c")
-HEADERS = (_HERE / "few.h",)
+HEADERS = tuple(_HERE / name for name in ("lanes.h", "few.h", "panels.h", "integers.h", "pairs.h", "tiles.h"))
 # The library is linked without an OpenMP runtime of its own: it finds the one that torch has loaded, and so shares torch's threads.
 _COMPILE = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-c")
 _LINK = ("-shared",)
 _TIMEOUT_S = 180
 
 
-def open_library() -> ctypes.CDLL:
+def open_library(features: tuple[str, ...]) -> ctypes.CDLL:
     """Return the loaded kernels, compiled first where this has not been done before.
 
     Several processes may do so at once: each compiles aside and renames. Without a cache that can be written, nothing is kept.
+
+    Args:
+        features: the instruction sets to compile for, as the compiler's ``-m`` options name them.
 
     Raises:
         MissingError: there is no compiler, it failed, or its product cannot be loaded; the message is the reason.
     """
     compiler = _compiler()
     folder = cache_folder()
-    name = f"kernels-{_key(compiler)}.so"
+    flags = (*_COMPILE, *(f"-m{feature}" for feature in features))
+    name = f"kernels-{_key(compiler, flags)}.so"
     if folder is not None and (folder / name).is_file():
         try:
             return ctypes.CDLL(str(folder / name))
@@ -45,7 +49,7 @@ def open_library() -> ctypes.CDLL:
     span = "once for this machine" if folder else "for this process alone, because the cache folder cannot be written or is open to others"
     print(f"optkit: compiling the kernels, {span}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="optkit-") as aside:
-        built = _compile(compiler, Path(aside))
+        built = _compile(compiler, flags, Path(aside))
         path = built if folder is None else _keep(built, folder / name)
         try:
             return ctypes.CDLL(str(path))
@@ -75,16 +79,16 @@ def _compiler() -> list[str]:
     raise MissingError("no C compiler is here (looked for $CC, cc and gcc)")
 
 
-def _key(compiler: list[str]) -> str:
+def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
     version = _run([*compiler, "--version"], "say its version")
-    parts = (*(path.read_text() for path in (*SOURCES, *HEADERS)), *_COMPILE, *_LINK, *compiler, version, platform.machine())
+    parts = (*(path.read_text() for path in (*SOURCES, *HEADERS)), *flags, *_LINK, *compiler, version, platform.machine())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
-def _compile(compiler: list[str], aside: Path) -> Path:
+def _compile(compiler: list[str], flags: tuple[str, ...], aside: Path) -> Path:
     units, library = [aside / f"{source.stem}.o" for source in SOURCES], aside / "kernels.so"
     for source, unit in zip(SOURCES, units, strict=True):
-        _run([*compiler, *_COMPILE, str(source), "-o", str(unit)], "compile the kernels")
+        _run([*compiler, *flags, str(source), "-o", str(unit)], "compile the kernels")
     _run([*compiler, *_LINK, *map(str, units), "-o", str(library)], "link the kernels")
     return library
 

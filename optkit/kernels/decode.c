@@ -3,10 +3,9 @@
  * Threads share every product by output rows and wait for one another four times a block. Activations, keys and values are float32.
  * Norms are computed by every thread for itself: that is cheaper than a wait.
  */
-#include <math.h>
 #include <omp.h>
 
-#include "few.h"
+#include "integers.h"
 
 /* Shared with ctypes: keep the order of the fields. */
 struct dense { /* y = x w^T + b, by a packed weight or by a plain one */
@@ -34,38 +33,36 @@ struct decoder {
     float epsilon, scale;
 };
 
-INLINE AVX __m512 exponential(__m512 x) /* Cephes expf: relative error below 2e-7 */
+INLINE vec exponential(vec x) /* Cephes expf: relative error below 2e-7 */
 {
-    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0f)), _mm512_set1_ps(-87.0f));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(p, n);
+    x = v_max(v_min(x, v_set(88.0f)), v_set(-87.0f));
+    vec n = v_round(v_mul(x, v_set(1.44269504088896341f)));
+    vec r = v_fnma(n, v_set(-2.12194440e-4f), v_fnma(n, v_set(0.693359375f), x));
+    vec p = v_set(1.9875691500e-4f);
+    p = v_fma(p, r, v_set(1.3981999507e-3f));
+    p = v_fma(p, r, v_set(8.3334519073e-3f));
+    p = v_fma(p, r, v_set(4.1665795894e-2f));
+    p = v_fma(p, r, v_set(1.6666665459e-1f));
+    p = v_fma(p, r, v_set(5.0000001201e-1f));
+    p = v_fma(p, v_mul(r, r), v_add(r, v_set(1.0f)));
+    return v_power_of_two(p, n);
 }
 
-INLINE AVX float dot(const float *a, const float *b, int64_t n)
+INLINE float dot(const float *a, const float *b, int64_t n)
 {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t k = 0; k < n; k += LANES) sum = _mm512_fmadd_ps(_mm512_loadu_ps(a + k), _mm512_loadu_ps(b + k), sum);
-    return _mm512_reduce_add_ps(sum);
+    vec sum = v_zero();
+    for (int64_t k = 0; k < n; k += LANES) sum = v_fma(v_load(a + k), v_load(b + k), sum);
+    return v_sum(sum);
 }
 
-static AVX void rms_norm(const float *x, const float *weight, int64_t n, float epsilon, float *to)
+static void rms_norm(const float *x, const float *weight, int64_t n, float epsilon, float *to)
 {
-    const __m512 factor = _mm512_set1_ps(1.0f / sqrtf(dot(x, x, n) / (float)n + epsilon));
-    for (int64_t k = 0; k < n; k += LANES)
-        _mm512_storeu_ps(to + k, _mm512_mul_ps(_mm512_loadu_ps(weight + k), _mm512_mul_ps(_mm512_loadu_ps(x + k), factor)));
+    const vec factor = v_set(1.0f / sqrtf(dot(x, x, n) / (float)n + epsilon));
+    for (int64_t k = 0; k < n; k += LANES) v_store(to + k, v_mul(v_load(weight + k), v_mul(v_load(x + k), factor)));
 }
 
 /* x turned by the angles of its position; cosine and sine repeat for both halves. */
-static AVX void rotate(const float *x, const float *cosine, const float *sine, int64_t n, float *to)
+static void rotate(const float *x, const float *cosine, const float *sine, int64_t n, float *to)
 {
     for (int64_t k = 0; k < n / 2; k++) {
         float low = x[k], high = x[k + n / 2];
@@ -74,43 +71,46 @@ static AVX void rotate(const float *x, const float *cosine, const float *sine, i
     }
 }
 
-static AVX void plain_rows(const struct dense *d, const float *x, float *y, int64_t m, int64_t from, int64_t to)
+static void plain_rows(const struct dense *d, const float *x, float *y, int64_t m, int64_t from, int64_t to)
 {
-    const __mmask16 rest = first(d->cols % LANES ? d->cols % LANES : LANES);
-    const int64_t last = (d->cols - 1) / LANES * LANES;
+    const int half = (int)d->half;
     for (int64_t r = from; r < to; r++)
         for (int64_t i = 0; i < m; i++) {
-            __m512 a = _mm512_setzero_ps(), b = a;
+            vec a = v_zero(), b = a;
             int64_t k = 0;
-            for (; k + LANES <= last; k += 2 * LANES) {
-                a = _mm512_fmadd_ps(load(d->weight, r * d->cols + k, (int)d->half, 0xffff), _mm512_loadu_ps(x + i * d->cols + k), a);
-                b = _mm512_fmadd_ps(load(d->weight, r * d->cols + k + LANES, (int)d->half, k + LANES == last ? rest : 0xffff),
-                                    _mm512_maskz_loadu_ps(k + LANES == last ? rest : 0xffff, x + i * d->cols + k + LANES), b);
+            for (; k + 2 * LANES <= d->cols; k += 2 * LANES) {
+                a = v_fma(load(d->weight, r * d->cols + k, half, LANES), v_load(x + i * d->cols + k), a);
+                b = v_fma(load(d->weight, r * d->cols + k + LANES, half, LANES), v_load(x + i * d->cols + k + LANES), b);
             }
-            if (k == last) a = _mm512_fmadd_ps(load(d->weight, r * d->cols + k, (int)d->half, rest), _mm512_maskz_loadu_ps(rest, x + i * d->cols + k), a);
-            y[i * d->rows + r] = _mm512_reduce_add_ps(_mm512_add_ps(a, b)) + (d->bias ? d->bias[r] : 0.0f);
+            for (; k < d->cols; k += LANES)
+                a = v_fma(load(d->weight, r * d->cols + k, half, d->cols - k), v_load_first(x + i * d->cols + k, d->cols - k), a);
+            y[i * d->rows + r] = v_sum(v_add(a, b)) + (d->bias ? d->bias[r] : 0.0f);
         }
 }
 
 struct team {
     int number, size;
-    float *sums; /* (m, most groups) for this thread alone */
+    float *sums;  /* (m, most groups) for this thread alone, as the following */
+    void *panels; /* x in int8 */
+    float *scales;
+    int8_t *bytes;
 };
 
 struct range {
     int64_t from, to;
 };
 
-/* The outputs that a thread computes: whole blocks of lanes, and so the same for packed and plain weights. */
+/* The outputs that a thread computes: pairs of blocks, and so the same for packed and plain weights. */
 INLINE struct range share(int64_t rows, const struct team *team)
 {
-    int64_t blocks = (rows + LANES - 1) / LANES;
-    struct range found = {blocks * team->number / team->size * LANES, blocks * (team->number + 1) / team->size * LANES};
+    const int64_t pair = 2 * LANES, pairs = (rows + pair - 1) / pair;
+    struct range found = {pairs * team->number / team->size * pair, pairs * (team->number + 1) / team->size * pair};
+    if (found.from > rows) found.from = rows;
     if (found.to > rows) found.to = rows;
     return found;
 }
 
-static AVX void apply(const struct dense *d, const float *x, float *y, int64_t m, const struct team *team)
+static void apply(const struct dense *d, const float *x, float *y, int64_t m, const struct team *team)
 {
     struct range mine = share(d->rows, team);
     if (!d->packed) {
@@ -119,15 +119,25 @@ static AVX void apply(const struct dense *d, const float *x, float *y, int64_t m
     }
     struct call c = call_of(d->packed, m);
     c.x = x, c.y = y, c.bias = d->bias;
+    const int64_t block = mine.from / LANES, end = (mine.to + LANES - 1) / LANES;
+    if (d->packed->integer) {
+        for (int64_t p = 0; p < panels_of(m); p++) {
+            const int64_t start = panel_start(m, p);
+            integer_panel(&c, x, start, panel_start(m, p + 1) - start, team->panels, team->scales, team->bytes);
+        }
+        c.rounded = team->panels, c.x_scale = team->scales;
+        integer_blocks(&c, block, end, 0, panels_of(m));
+        return;
+    }
     if (d->packed->group) {
         for (int64_t i = 0; i < m; i++) sum_groups(x + i * d->cols, c.groups, d->packed->group, team->sums + i * c.groups);
         c.sums = team->sums;
     }
-    few_blocks(&c, mine.from / LANES, (mine.to + LANES - 1) / LANES);
+    few_blocks(&c, block, end);
 }
 
 /* Attention of all query heads that share one head of keys, for one sequence. */
-static AVX void attend(const struct decoder *d, const struct block *b, int64_t row, int64_t kv, int64_t at, const float *query, const float *key,
+static void attend(const struct decoder *d, const struct block *b, int64_t row, int64_t kv, int64_t at, const float *query, const float *key,
                        const float *value, float *scores, float *to)
 {
     const int64_t size = d->head_size, group = d->heads / d->kv_heads, from = b->window && at >= b->window ? at - b->window + 1 : 0;
@@ -149,28 +159,26 @@ static AVX void attend(const struct decoder *d, const struct block *b, int64_t r
             most = score > most ? score : most;
         }
         const int64_t count = at - from + 1;
-        __m512 total = _mm512_setzero_ps();
+        vec total = v_zero();
         for (int64_t t = 0; t < count; t += LANES) {
-            __mmask16 mask = first(count - t);
-            __m512 e = _mm512_maskz_mov_ps(mask, exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + t), _mm512_set1_ps(most))));
-            _mm512_mask_storeu_ps(scores + t, mask, e);
-            total = _mm512_add_ps(total, e);
+            vec e = v_first(exponential(v_sub(v_load_first(scores + t, count - t), v_set(most))), count - t);
+            v_store_first(scores + t, count - t, e);
+            total = v_add(total, e);
         }
-        const float factor = 1.0f / _mm512_reduce_add_ps(total);
+        const vec factor = v_set(1.0f / v_sum(total));
         float *out = to + (row * d->heads + h) * size;
         for (int64_t k = 0; k < size; k += 4 * LANES) {
-            __m512 sum[4];
+            vec sum[4];
             const int parts = (int)(size - k >= 4 * LANES ? 4 : (size - k) / LANES);
-            for (int p = 0; p < 4; p++) sum[p] = _mm512_setzero_ps();
+            for (int p = 0; p < 4; p++) sum[p] = v_zero();
             for (int64_t t = 0; t < count; t++)
-                for (int p = 0; p < parts; p++)
-                    sum[p] = _mm512_fmadd_ps(_mm512_set1_ps(scores[t]), _mm512_loadu_ps(values + (from + t) * size + k + p * LANES), sum[p]);
-            for (int p = 0; p < parts; p++) _mm512_storeu_ps(out + k + p * LANES, _mm512_mul_ps(sum[p], _mm512_set1_ps(factor)));
+                for (int p = 0; p < parts; p++) sum[p] = v_fma(v_set(scores[t]), v_load(values + (from + t) * size + k + p * LANES), sum[p]);
+            for (int p = 0; p < parts; p++) v_store(out + k + p * LANES, v_mul(sum[p], factor));
         }
     }
 }
 
-static AVX void add_rows(float *to, const float *from, int64_t rows, int64_t m, const struct team *team)
+static void add_rows(float *to, const float *from, int64_t rows, int64_t m, const struct team *team)
 {
     struct range mine = share(rows, team);
     for (int64_t i = 0; i < m; i++)
@@ -178,15 +186,15 @@ static AVX void add_rows(float *to, const float *from, int64_t rows, int64_t m, 
 }
 
 /* gate = silu(gate) * up, in the rows of this thread. */
-static AVX void gated(float *gate, const float *up, int64_t rows, int64_t m, const struct team *team)
+static void gated(float *gate, const float *up, int64_t rows, int64_t m, const struct team *team)
 {
     struct range mine = share(rows, team);
     for (int64_t i = 0; i < m; i++)
         for (int64_t r = mine.from; r < mine.to; r += LANES) {
-            __mmask16 mask = first(mine.to - r);
-            __m512 x = _mm512_maskz_loadu_ps(mask, gate + i * rows + r), y = _mm512_maskz_loadu_ps(mask, up + i * rows + r);
-            __m512 below = _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), x)));
-            _mm512_mask_storeu_ps(gate + i * rows + r, mask, _mm512_mul_ps(_mm512_div_ps(x, below), y));
+            const int64_t here = mine.to - r;
+            vec x = v_load_first(gate + i * rows + r, here), y = v_load_first(up + i * rows + r, here);
+            vec below = v_add(v_set(1.0f), exponential(v_sub(v_zero(), x)));
+            v_store_first(gate + i * rows + r, here, v_mul(v_div(x, below), y));
         }
 }
 
@@ -194,7 +202,7 @@ struct scratch { /* shared by all threads */
     float *hidden, *query, *key, *value, *attended, *projected, *gate, *up;
 };
 
-static AVX void step(const struct decoder *d, const struct scratch *s, int64_t m, int64_t at, float *logits, const struct team *team,
+static void step(const struct decoder *d, const struct scratch *s, int64_t m, int64_t at, float *logits, const struct team *team,
                      float *normed, float *scores)
 {
     for (int64_t n = 0; n < d->depth; n++) {
@@ -223,6 +231,22 @@ static AVX void step(const struct decoder *d, const struct scratch *s, int64_t m
     apply(&d->head, normed, logits, m, team);
 }
 
+/* Floats that each thread has for itself. */
+struct room {
+    int64_t normed, scores, sums, panels, scales, bytes;
+};
+
+static struct room room_of(const struct decoder *d, int64_t m)
+{
+    int64_t widest = d->heads * d->head_size;
+    if (d->widest > widest) widest = d->widest;
+    if (d->hidden > widest) widest = d->hidden;
+    const int64_t steps = (widest + 63) / 64 * 16;
+    return (struct room){m * d->hidden, d->capacity, m * (widest / 32), m * steps * (int64_t)(sizeof(quad) / 4), m, steps};
+}
+
+INLINE int64_t room_size(struct room r) { return r.normed + r.scores + r.sums + r.panels + r.scales + r.bytes; }
+
 /* logits (m, vocabulary) of the tokens whose embeddings are hidden (m, hidden), at one position; hidden is used up.
  * room: optkit_decoder_room(...) floats. */
 int optkit_decode(const struct decoder *d, float *hidden, int64_t m, int64_t at, float *logits, float *room, int32_t threads)
@@ -239,12 +263,15 @@ int optkit_decode(const struct decoder *d, float *hidden, int64_t m, int64_t at,
     s.projected = next, next += m * d->hidden;
     s.gate = next, next += m * widest;
     s.up = next, next += m * widest;
-    const int64_t own = m * d->hidden + d->capacity + m * (widest > heads ? widest : heads) / 32;
+    const struct room r = room_of(d, m);
 #pragma omp parallel num_threads(threads)
     {
-        float *mine = next + omp_get_thread_num() * own;
-        struct team team = {omp_get_thread_num(), omp_get_num_threads(), mine + m * d->hidden + d->capacity};
-        step(d, &s, m, at, logits, &team, mine, mine + m * d->hidden);
+        float *normed = next + omp_get_thread_num() * room_size(r), *scores = normed + r.normed;
+        struct team team = {omp_get_thread_num(), omp_get_num_threads(), scores + r.scores, NULL, NULL, NULL};
+        team.panels = team.sums + r.sums;
+        team.scales = team.sums + r.sums + r.panels;
+        team.bytes = (int8_t *)(team.scales + r.scales);
+        step(d, &s, m, at, logits, &team, normed, scores);
     }
     return 0;
 }
@@ -253,6 +280,5 @@ int optkit_decode(const struct decoder *d, float *hidden, int64_t m, int64_t at,
 int64_t optkit_decoder_room(const struct decoder *d, int64_t m, int32_t threads)
 {
     const int64_t heads = d->heads * d->head_size, kv = d->kv_heads * d->head_size, widest = d->widest > d->hidden ? d->widest : d->hidden;
-    const int64_t own = m * d->hidden + d->capacity + m * (widest > heads ? widest : heads) / 32;
-    return m * (2 * heads + 2 * kv + d->hidden + 2 * widest) + threads * own;
+    return m * (2 * heads + 2 * kv + d->hidden + 2 * widest) + threads * room_size(room_of(d, m));
 }

@@ -145,7 +145,8 @@ class Int4Linear(PackedLinear):
         return groups_from_kernel(kernel, self.out_features, self.in_features, self.scale_dtype)
 
     def _struct(self, kernel: Tensor) -> tuple[LayerStruct, int]:
-        return struct_at(kernel.data_ptr(), None, self.out_features, self.in_features, self.group_size, self.scale_dtype is torch.float16)
+        half = self.scale_dtype is torch.float16
+        return struct_at(kernel.data_ptr(), None, self.out_features, self.in_features, self.group_size, float16=half)
 
 
 def _search(groups: Tensor, shrinks: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:

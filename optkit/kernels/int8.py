@@ -69,7 +69,7 @@ class _Rows(PackedLayer):
         return (rows_from_kernel(kernel, rows, cols),)
 
     def _struct(self, kernel: Tensor) -> tuple[LayerStruct, int]:
-        return struct_at(kernel.data_ptr(), self.scale.data_ptr(), *self._sizes(), 0)
+        return struct_at(kernel.data_ptr(), self.scale.data_ptr(), *self._sizes())
 
     @abstractmethod
     def _sizes(self) -> tuple[int, int]: ...

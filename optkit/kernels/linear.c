@@ -1,10 +1,12 @@
-/* Products of float activations with packed int8 and int4 weights: y = x w^T (+ bias), with float32 sums.
+/* Products of activations with packed int8 and int4 weights: y = x w^T (+ bias), with float32 sums, or int32 sums where x is rounded to int8.
  *
- * Few rows of x are bound by memory: every weight is read once, turned into float32 in registers and multiplied there (AVX-512).
- * Many rows are bound by arithmetic: a strip of weights is turned into bfloat16 once and multiplied in tiles (AMX), which rounds x to bfloat16.
+ * Few rows of float x are bound by memory: every weight is read once, turned into float32 in registers and multiplied there.
+ * Many rows are bound by arithmetic: a strip of weights is turned into bfloat16 once and multiplied in tiles (AMX) or panels (AVX512-BF16), which
+ * rounds x to bfloat16. Integer x goes through tiles, panels of AVX512-VNNI, or products of 16 bits; the sums are the same everywhere.
  *
- * Layout of the weights, in blocks of 16 output rows, so that each of the 16 lanes of a register owns a row and no sum crosses lanes:
+ * Layout of the weights, in blocks of 16 output rows, so that each of the 16 lanes owns a row and no sum crosses lanes:
  *   int8  (blocks, cols rounded up to 4, 16) bytes
+ *   int8 by integer x  (blocks, 16 * steps + 1, 16, 4) bytes, steps of 64 columns: for every 4 columns 16 rows; then 128 times each row's sum, int32
  *   int4  (blocks, groups, 8 * group_size + 64) bytes: for every 8 columns 16 dwords, one a row; then 16 scales and 16 points, in 16 bits.
  *         In a dword, nibble i of the low half is column 2 i, nibble i of the high half is column 2 i + 1.
  * Rows beyond the last are zero and never stored. No function keeps memory or state; all return 0, or a negative number for a refusal.
@@ -12,172 +14,20 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "few.h"
+#include "tiles.h"
 
-/* Write 32 columns from k of a block as one tile of bfloat16: 16 rows of column pairs by 16 weight rows. Columns beyond the last are zero. */
-INLINE AMX void tile_int8(const struct call *c, const uint8_t *weight, int64_t k, uint8_t *tile)
+static void widen_row(const uint16_t *x, int64_t cols, float *to)
 {
-    const int64_t last = c->block_bytes / LANES; /* even */
-    UNROLL for (int p = 0; p < 16; p++, k += 2, tile += 64) {
-        __m512i low = _mm512_setzero_si512(), high = low;
-        if (k < last) { /* an int8 is exact in the upper half of a float32 */
-            low = _mm512_srli_epi32(_mm512_castps_si512(integers(weight + k * LANES)), 16);
-            high = _mm512_castps_si512(integers(weight + (k + 1) * LANES));
-        }
-        _mm512_storeu_si512(tile, _mm512_or_si512(low, high));
-    }
-}
-
-INLINE AMX void tile_int4(const struct call *c, const uint8_t *weight, int64_t k, uint8_t *tile)
-{
-    const int64_t group = c->layer->group;
-    const __m512 table = numbers();
-    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32((int)0xffff0000u);
-    weight += (k / group) * c->group_bytes;
-    __m512 scale = group_number(c, weight + group * 8), point = group_number(c, weight + group * 8 + 2 * LANES);
-    __m512 zero = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(point, scale)); /* what 0 stands for */
-    UNROLL for (int j = 0; j < 4; j++) {
-        __m512i w = _mm512_loadu_si512(weight + (k % group + 8 * j) * 8);
-        UNROLL for (int i = 0; i < 4; i++, tile += 64) {
-            __m512 even = _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(w, 4 * i), table), scale, zero);
-            __m512 odd = _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(w, 4 * i + 16), table), scale, zero);
-            __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16);
-            __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
-            _mm512_storeu_si512(tile, _mm512_ternarylogic_epi32(low, high, upper, 0xf8)); /* low | (high & upper) */
-        }
-    }
-}
-
-static AMX void strip(const struct call *c, int64_t block, int count, int64_t depth, uint8_t *tiles)
-{
-    for (int b = 0; b < count; b++) {
-        const uint8_t *weight = c->layer->weight + (block + b) * c->block_bytes;
-        for (int64_t d = 0; d < depth; d++)
-            if (c->layer->group)
-                tile_int4(c, weight, d * 32, tiles + (d * count + b) * 1024);
-            else
-                tile_int8(c, weight, d * 32, tiles + (d * count + b) * 1024);
-    }
-}
-
-INLINE AMX void drain(const struct call *c, int64_t m, int64_t block, const float *sums)
-{
-    for (int r = 0; r < 16 && m + r < c->m; r++) finish(c, m + r, block, _mm512_loadu_ps(sums + r * LANES));
-}
-
-#define FENCE __asm__ volatile("" ::: "memory") /* the tile intrinsics do not tell the compiler which memory they touch */
-
-/* 16 * high rows of x by 16 * wide rows of weights, over the whole depth. */
-INLINE AMX void many(const struct call *c, int64_t m, int64_t block, int64_t depth, const uint8_t *weights, const int high, const int wide)
-{
-    const uint8_t *x = (const uint8_t *)c->tiles + m / 16 * depth * 1024;
-    float sums[16 * LANES] __attribute__((aligned(64)));
-    _tile_zero(0);
-    if (wide > 1) _tile_zero(1);
-    if (high > 1) _tile_zero(2);
-    if (high > 1 && wide > 1) _tile_zero(3);
-    FENCE;
-    for (int64_t d = 0; d < depth; d++) {
-        _tile_loadd(4, x + d * 1024, 64);
-        _tile_loadd(6, weights + d * wide * 1024, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if (wide > 1) {
-            _tile_loadd(7, weights + (d * wide + 1) * 1024, 64);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        if (high > 1) {
-            _tile_loadd(5, x + (depth + d) * 1024, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            if (wide > 1) _tile_dpbf16ps(3, 5, 7);
-        }
-    }
-    _tile_stored(0, sums, 64);
-    FENCE;
-    drain(c, m, block, sums);
-    if (wide > 1) {
-        _tile_stored(1, sums, 64);
-        FENCE;
-        drain(c, m, block + 1, sums);
-    }
-    if (high > 1) {
-        _tile_stored(2, sums, 64);
-        FENCE;
-        drain(c, m + 16, block, sums);
-    }
-    if (high > 1 && wide > 1) {
-        _tile_stored(3, sums, 64);
-        FENCE;
-        drain(c, m + 16, block + 1, sums);
-    }
-}
-
-struct tile_config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-};
-
-/* Blocks [block, end) in strips of two, by the row tiles [from, to) of x. */
-static AMX int many_blocks(const struct call *c, int64_t block, int64_t end, int64_t from, int64_t to)
-{
-    const int64_t depth = (c->layer->cols + 31) / 32;
-    uint8_t *tiles = aligned_alloc(64, depth * 2048);
-    if (!tiles)
-        return NO_MEMORY;
-    struct tile_config config = {.palette = 1};
-    for (int t = 0; t < 8; t++) config.row_bytes[t] = 64, config.rows[t] = 16;
-    _tile_loadconfig(&config);
-    while (block < end) {
-        const int wide = end - block > 1 ? 2 : 1;
-        strip(c, block, wide, depth, tiles);
-        FENCE;
-        int64_t t = from;
-        for (; t + 2 <= to; t += 2)
-            if (wide > 1)
-                many(c, t * 16, block, depth, tiles, 2, 2);
-            else
-                many(c, t * 16, block, depth, tiles, 2, 1);
-        if (t < to) {
-            if (wide > 1)
-                many(c, t * 16, block, depth, tiles, 1, 2);
-            else
-                many(c, t * 16, block, depth, tiles, 1, 1);
-        }
-        block += wide;
-    }
-    _tile_release();
-    free(tiles);
-    return 0;
-}
-
-/* Round 16 rows of x to bfloat16, in tiles of 32 columns; rows and columns beyond the last are zero. */
-static AVX void tile_rows(const void *x, int half, int64_t m, int64_t cols, int64_t tile, uint16_t *to)
-{
-    const int64_t depth = (cols + 31) / 32;
-    to += tile * depth * 512;
-    for (int64_t r = 0; r < 16; r++)
-        for (int64_t k = 0; k < depth * 32; k += LANES) {
-            int64_t row = tile * 16 + r;
-            __m512 value = row < m && k < cols ? load(x, row * cols + k, half, first(cols - k)) : _mm512_setzero_ps();
-            _mm256_storeu_si256((__m256i *)(to + k / 32 * 512 + r * 32 + k % 32), narrow(value));
-        }
-}
-
-static AVX void widen_row(const uint16_t *x, int64_t cols, float *to)
-{
-    for (int64_t k = 0; k < cols; k += LANES) {
-        __mmask16 mask = first(cols - k);
-        _mm512_mask_storeu_ps(to + k, mask, load(x, k, 1, mask));
-    }
+    for (int64_t k = 0; k < cols; k += LANES) v_store_first(to + k, cols - k, load(x, k, 1, cols - k));
 }
 
 static int run_few(struct call *c, const void *x, int threads)
 {
     const int64_t cols = c->layer->cols, group = c->layer->group;
     float *wide = NULL, *sums = NULL;
-    if (c->half && !(wide = malloc(c->m * cols * sizeof(float))))
+    if (c->half && !(wide = malloc((size_t)(c->m * cols) * sizeof(float))))
         return NO_MEMORY;
-    if (group && !(sums = malloc(c->m * c->groups * sizeof(float)))) {
+    if (group && !(sums = malloc((size_t)(c->m * c->groups) * sizeof(float)))) {
         free(wide);
         return NO_MEMORY;
     }
@@ -189,8 +39,12 @@ static int run_few(struct call *c, const void *x, int threads)
         if (sums) sum_groups(c->x + m * cols, c->groups, group, sums + m * c->groups);
     }
     if (threads > 1) {
+        const int64_t pairs = (c->blocks + 1) / 2;
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
-        for (int t = 0; t < threads; t++) few_blocks(c, c->blocks * t / threads, c->blocks * (t + 1) / threads);
+        for (int t = 0; t < threads; t++) {
+            const int64_t end = pairs * (t + 1) / threads * 2;
+            few_blocks(c, pairs * t / threads * 2, end < c->blocks ? end : c->blocks);
+        }
     } else
         few_blocks(c, 0, c->blocks);
     free(wide);
@@ -198,27 +52,91 @@ static int run_few(struct call *c, const void *x, int threads)
     return 0;
 }
 
-static int run_many(struct call *c, const void *x, int threads)
+/* How x is rounded: into tiles where the machine has them and there are enough rows, else into panels. */
+struct form {
+    int tiles;
+    int64_t units; /* tiles of 16 rows, or panels */
+    size_t bytes, row_bytes;
+};
+
+static struct form form_of(const struct call *c)
 {
-    const int64_t cols = c->layer->cols, depth = (cols + 31) / 32, high = (c->m + 15) / 16, strips = (c->blocks + 1) / 2;
-    uint16_t *tiles = aligned_alloc(64, high * depth * 1024);
-    if (!tiles)
-        return NO_MEMORY;
-    int64_t parts = threads <= strips ? 1 : (threads + strips - 1) / strips; /* narrow weights on many cores: split x as well */
-    if (parts > (high + 7) / 8)
-        parts = (high + 7) / 8;
-    int64_t across = threads / parts < strips ? threads / parts : strips;
-    int status = 0;
-#pragma omp parallel for num_threads(threads) if (c->m * cols > ROUND_TOGETHER)
-    for (int64_t t = 0; t < high; t++) tile_rows(x, c->half, c->m, cols, t, tiles);
-    c->tiles = tiles;
-#pragma omp parallel for schedule(static, 1) num_threads(threads) reduction(min : status)
-    for (int64_t unit = 0; unit < across * parts; unit++) {
-        int64_t a = unit % across, p = unit / across;
-        int64_t block = strips * a / across * 2, end = strips * (a + 1) / across * 2;
-        status = many_blocks(c, block, end < c->blocks ? end : c->blocks, high * p / parts, high * (p + 1) / parts);
+    const int64_t step = c->layer->integer ? 64 : 32, steps = (c->layer->cols + step - 1) / step;
+    struct form f = {0, panels_of(c->m), 0, (size_t)steps * 64};
+#if defined(__AMX_TILE__)
+    f.tiles = c->m >= c->layer->many_from;
+    if (f.tiles) f.units = (c->m + 15) / 16;
+#endif
+    const size_t each = c->layer->integer && !f.tiles ? sizeof(quad) / 4 * f.row_bytes : f.row_bytes;
+    f.bytes = (f.tiles ? (size_t)f.units * 16 : (size_t)c->m) * each;
+    return f;
+}
+
+static void round_unit(const struct call *c, const struct form *f, const void *x, int64_t unit, void *to, float *scales, int8_t *row)
+{
+#if defined(__AMX_TILE__)
+    if (f->tiles && c->layer->integer) {
+        tile_of_integers(c, x, unit, to, scales, row);
+        return;
     }
-    free(tiles);
+    if (f->tiles) {
+        tile_of_rows(c, x, unit, to);
+        return;
+    }
+#endif
+    const int64_t m = panel_start(c->m, unit), rows = panel_start(c->m, unit + 1) - m;
+    if (c->layer->integer)
+        integer_panel(c, x, m, rows, to, scales, row);
+#if defined(__AVX512BF16__)
+    else
+        pair_panel(c, x, m, rows, to);
+#endif
+    (void)f;
+}
+
+static int rounded_blocks(const struct call *c, const struct form *f, int64_t block, int64_t end, int64_t from, int64_t to)
+{
+#if defined(__AMX_TILE__)
+    if (f->tiles)
+        return tile_blocks(c, block, end, from, to);
+#endif
+    (void)f;
+#if defined(__AVX512BF16__)
+    if (!c->layer->integer)
+        return pair_blocks(c, block, end, from, to);
+#endif
+    integer_blocks(c, block, end, from, to);
+    return 0;
+}
+
+static int run_rounded(struct call *c, const void *x, int threads)
+{
+    const struct form f = form_of(c);
+    const int64_t strips = (c->blocks + 3) / 4;
+    void *rounded = aligned_alloc(64, (f.bytes + 63) / 64 * 64);
+    float *scales = c->layer->integer ? malloc((size_t)c->m * sizeof(float)) : NULL;
+    int8_t *rows = c->layer->integer ? aligned_alloc(64, f.row_bytes * (size_t)threads) : NULL;
+    int status = rounded && (!c->layer->integer || (scales && rows)) ? 0 : NO_MEMORY;
+    if (!status) {
+        int64_t parts = threads <= strips ? 1 : (threads + strips - 1) / strips; /* narrow weights on many cores: split x as well */
+        if (parts > (f.units + 7) / 8)
+            parts = (f.units + 7) / 8;
+        const int64_t across = threads / parts < strips ? threads / parts : strips;
+#pragma omp parallel for schedule(static) num_threads(threads) if (c->m * c->layer->cols > ROUND_TOGETHER)
+        for (int t = 0; t < threads; t++)
+            for (int64_t u = f.units * t / threads; u < f.units * (t + 1) / threads; u++)
+                round_unit(c, &f, x, u, rounded, scales, rows + (size_t)t * f.row_bytes);
+        c->rounded = rounded, c->x_scale = scales;
+#pragma omp parallel for schedule(static, 1) num_threads(threads) reduction(min : status)
+        for (int64_t unit = 0; unit < across * parts; unit++) {
+            const int64_t a = unit % across, p = unit / across;
+            const int64_t block = strips * a / across * 4, end = strips * (a + 1) / across * 4;
+            status = rounded_blocks(c, &f, block, end < c->blocks ? end : c->blocks, f.units * p / parts, f.units * (p + 1) / parts);
+        }
+    }
+    free(rounded);
+    free(scales);
+    free(rows);
     return status;
 }
 
@@ -232,11 +150,11 @@ int optkit_linear(const struct layer *layer, const void *x, const void *bias, vo
     if (threads > c.blocks) threads = (int32_t)c.blocks;
     if (m == 0 || threads < 1)
         return 0;
-    return m >= layer->many_from ? run_many(&c, x, threads) : run_few(&c, x, threads);
+    return layer->integer || m >= layer->many_from ? run_rounded(&c, x, threads) : run_few(&c, x, threads);
 }
 
 /* y (count, cols) = the rows of an int8 layer that ids name, scaled. */
-AVX int optkit_gather(const struct layer *layer, const int64_t *ids, void *y, int64_t count, int32_t half)
+int optkit_gather(const struct layer *layer, const int64_t *ids, void *y, int64_t count, int32_t half)
 {
     const int64_t cols = layer->cols, bytes = (cols + 3) / 4 * 4 * LANES;
     for (int64_t t = 0; t < count; t++)
@@ -244,12 +162,12 @@ AVX int optkit_gather(const struct layer *layer, const int64_t *ids, void *y, in
             return OUT_OF_RANGE;
     for (int64_t t = 0; t < count; t++) {
         const int8_t *from = (const int8_t *)layer->weight + ids[t] / LANES * bytes + ids[t] % LANES;
-        const __m512 scale = _mm512_set1_ps(layer->scale[ids[t]]);
+        const vec scale = v_set(layer->scale[ids[t]]);
         for (int64_t k = 0; k < cols; k += LANES) {
             int64_t here = cols - k < LANES ? cols - k : LANES;
             int8_t row[LANES] __attribute__((aligned(16))) = {0};
             for (int64_t i = 0; i < here; i++) row[i] = from[(k + i) * LANES];
-            store(y, t * cols + k, half, first(here), _mm512_mul_ps(integers((const uint8_t *)row), scale));
+            store(y, t * cols + k, half, here, v_mul(v_from_int8((const uint8_t *)row), scale));
         }
     }
     return 0;

@@ -1,4 +1,7 @@
-"""The door to the compiled kernels: which backend runs here, and why. Without Linux, AVX-512 or a compiler it is plain PyTorch."""
+"""The door to the compiled kernels: which backend runs here, and why. Without Linux on x86-64, AVX2 or a compiler it is plain PyTorch.
+
+Backends are a ladder: each has the instruction sets of those below it. ``OPTKIT_KERNELS`` asks for one.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Literal
@@ -15,26 +18,35 @@ from optkit.core.environment import cpu_flags
 from optkit.core.errors import MissingError, OptkitError
 from optkit.kernels.build import open_library
 
-Backend = Literal["avx512+amx", "avx512", "torch"]
+Backend = Literal["amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "torch"]
 
-FEW_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
-MANY_FLAGS = frozenset({"amx_tile", "amx_bf16"})
-MANY_FROM = 6  # from so many rows of input on, tiles are faster than registers (measured from 384 x 384 to 2048 x 2048)
+# What each step of the ladder adds: the processor's flags, and the compiler's names of them.
+_STEPS: Mapping[Backend, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "avx2": (("avx2", "fma", "f16c"), ("avx2", "fma", "f16c")),
+    "avx512": (("avx512f", "avx512bw", "avx512dq", "avx512vl"), ("avx512f", "avx512bw", "avx512dq", "avx512vl")),
+    "avx512_vnni": (("avx512_vnni",), ("avx512vnni",)),
+    "avx512_bf16": (("avx512_bf16",), ("avx512bf16",)),
+    "amx": (("amx_tile", "amx_bf16", "amx_int8"), ("amx-tile", "amx-bf16", "amx-int8")),
+}
+LADDER: tuple[Backend, ...] = tuple(_STEPS)
+# From so many rows of input on, rounding them to bfloat16 is faster than registers of float32.
+_MANY_FROM: Mapping[Backend, int] = {"amx": 6, "avx512_bf16": 6}
 _NEVER = 1 << 62
-_CHOICES = ("auto", "avx512", "torch")
 
 
 class LayerStruct(ctypes.Structure):
-    """One packed weight as the C code sees it; the fields follow ``struct layer`` in linear.c."""
+    """One packed weight as the C code sees it; the fields follow ``struct layer`` in few.h."""
 
     _fields_ = (
         ("weight", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
+        ("input_scale", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("cols", ctypes.c_int64),
         ("group", ctypes.c_int64),
         ("many_from", ctypes.c_int64),
         ("float16", ctypes.c_int64),
+        ("integer", ctypes.c_int64),
     )
 
 
@@ -46,7 +58,7 @@ class Native:
     gather: Callable[..., int]
     decode: Callable[..., int]
     decoder_room: Callable[..., int]
-    amx: bool
+    backend: Backend
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,7 @@ def native() -> Native | None:
 def backend() -> Backend:
     """Return the name of the backend that runs here."""
     found = native()
-    return "torch" if found is None else "avx512+amx" if found.amx else "avx512"
+    return "torch" if found is None else found.backend
 
 
 def explain() -> str:
@@ -71,14 +83,38 @@ def explain() -> str:
     return f"{backend()}: {_choose().reason}"
 
 
+def rounds(rows: int, kind: Backend) -> bool:
+    """Say whether a backend rounds float inputs of so many rows to bfloat16 when it multiplies them by int8 or int4 weights."""
+    return rows >= _MANY_FROM.get(kind, _NEVER)
+
+
 @lru_cache(maxsize=4096)
-def struct_at(weight: int, scale: int | None, rows: int, cols: int, group: int, float16: bool = False) -> tuple[LayerStruct, int]:
+def struct_at(
+    weight: int,
+    scale: int | None,
+    rows: int,
+    cols: int,
+    group: int = 0,
+    *,
+    float16: bool = False,
+    integer: bool = False,
+    input_scale: int | None = None,
+) -> tuple[LayerStruct, int]:
     """Return the C struct of these addresses and sizes, and its own address. It keeps no tensor alive.
 
-    ``float16``: scales and points of int4 are float16, else bfloat16.
+    Args:
+        weight: where the weight stands, in the layout of the kernels.
+        scale: where float32 scales stand, one a row; None for int4.
+        rows: outputs of the layer.
+        cols: inputs of the layer.
+        group: int4: columns that share a scale.
+        float16: int4: scales and points are float16, else bfloat16.
+        integer: inputs are rounded to int8.
+        input_scale: integer inputs: where their scale stands; None for one a row of the input, found anew.
     """
     found = native()
-    struct = LayerStruct(weight, scale, rows, cols, group, MANY_FROM if found is not None and found.amx else _NEVER, float16)
+    many_from = _NEVER if found is None else _MANY_FROM.get(found.backend, _NEVER)
+    struct = LayerStruct(weight, scale, input_scale, rows, cols, group, many_from, float16, integer)
     return struct, ctypes.addressof(struct)
 
 
@@ -95,8 +131,9 @@ def refuse_unknown_choice() -> str:
         OptkitError: ``OPTKIT_KERNELS`` names none.
     """
     wanted = os.environ.get("OPTKIT_KERNELS", "auto")
-    if wanted not in _CHOICES:
-        raise OptkitError(f"OPTKIT_KERNELS is {wanted!r}; use one of {', '.join(_CHOICES)}")
+    choices = ("auto", *reversed(LADDER), "torch")
+    if wanted not in choices:
+        raise OptkitError(f"OPTKIT_KERNELS is {wanted!r}; use one of {', '.join(choices)}")
     return wanted
 
 
@@ -105,26 +142,35 @@ def _choose() -> _Choice:
     wanted = refuse_unknown_choice()
     if wanted == "torch":
         return _Choice(None, "asked for by OPTKIT_KERNELS")
-    missing = _missing()
-    if missing:
-        return _Choice(None, missing)
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return _Choice(None, f"the kernels are for Linux on x86-64, this is {platform.system()} on {platform.machine()}")
+    best, reason = _highest(cpu_flags(), wanted)
+    if best is None:
+        return _Choice(None, reason)
     try:
-        found, reason = _open(wanted)
+        return _open(best, reason)
     except MissingError as error:
         print(f"optkit: packed layers run in plain PyTorch, slowly: {error}", file=sys.stderr)
         return _Choice(None, str(error))
-    return _Choice(found, reason)
 
 
-def _missing() -> str:
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return f"the kernels are for Linux on x86-64, this is {platform.system()} on {platform.machine()}"
-    lacking = sorted(FEW_FLAGS - cpu_flags())
-    return f"this processor has no {', '.join(lacking)}" if lacking else ""
+def _highest(flags: frozenset[str], wanted: str) -> tuple[Backend | None, str]:
+    """Return the highest step that the processor reaches, not above the wanted one, and why it is not a higher one."""
+    best: Backend | None = None
+    for step, (needed, _) in _STEPS.items():
+        lacking = sorted(set(needed) - flags)
+        if lacking:
+            return best, f"this processor has no {', '.join(lacking)}"
+        best = step
+        if step == wanted:
+            return best, "asked for by OPTKIT_KERNELS"
+    return best, "all kernels are in use"
 
 
-def _open(wanted: str) -> tuple[Native, str]:
-    library = open_library()
+def _open(best: Backend, reason: str) -> _Choice:
+    library = open_library(tuple(name for step in LADDER[: LADDER.index(best) + 1] for name in _STEPS[step][1]))
+    if best == "amx" and library.optkit_request_amx() != 0:
+        return _open("avx512_bf16", "the system does not grant AMX to this process")
     address, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     library.optkit_linear.argtypes = [address, address, address, address, count, flag, flag]
     library.optkit_gather.argtypes = [address, address, address, count, flag]
@@ -132,13 +178,4 @@ def _open(wanted: str) -> tuple[Native, str]:
     library.optkit_decoder_room.argtypes = [address, count, flag]
     library.optkit_decoder_room.restype = count
     functions = (library.optkit_linear, library.optkit_gather, library.optkit_decode, library.optkit_decoder_room)
-    lacking = sorted(MANY_FLAGS - cpu_flags())
-    if wanted == "avx512":
-        reason = "AMX is left out by OPTKIT_KERNELS"
-    elif lacking:
-        reason = f"this processor has no {', '.join(lacking)}"
-    elif library.optkit_request_amx() != 0:
-        reason = "the system does not grant AMX to this process"
-    else:
-        return Native(*functions, amx=True), "all kernels are in use"
-    return Native(*functions, amx=False), reason
+    return _Choice(Native(*functions, backend=best), reason)

@@ -55,7 +55,7 @@ def packed_linear(
     if found is None:
         raise OptkitError("a model compiled with packed kernels runs where there are none; compile it anew on this machine")
     bias = bias if bias is None or bias.dtype in HALF else bias.float()
-    struct, address = struct_at(kernel.data_ptr(), None if scale is None else scale.data_ptr(), rows, cols, group, float16)
+    struct, address = struct_at(kernel.data_ptr(), None if scale is None else scale.data_ptr(), rows, cols, group, float16=float16)
     output = multiply(found, address, input, bias, rows)
     del struct  # it had to live until here
     return output

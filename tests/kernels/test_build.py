@@ -22,11 +22,11 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, native_only: None
 
 
 def test_the_library_is_compiled_once_and_found_again(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert build.open_library().answer() == 42
+    assert build.open_library(()).answer() == 42
     assert capsys.readouterr().err.count("\n") == 1
     (kept,) = own_cache.iterdir()
     stamp = kept.stat().st_mtime_ns
-    build.open_library()
+    build.open_library(())
     assert capsys.readouterr().err == ""
     assert kept.stat().st_mtime_ns == stamp
     assert own_cache.stat().st_mode & 0o077 == 0
@@ -34,17 +34,23 @@ def test_the_library_is_compiled_once_and_found_again(own_cache: Path, capsys: p
 
 def test_a_broken_library_in_the_cache_is_made_anew(own_cache: Path) -> None:
     own_cache.mkdir(mode=0o700)
-    broken = own_cache / f"kernels-{build._key(build._compiler())}.so"
+    broken = own_cache / f"kernels-{build._key(build._compiler(), build._COMPILE)}.so"
     broken.write_bytes(b"no library")
-    build.open_library()
+    build.open_library(())
     assert broken.read_bytes()[:4] == b"\x7fELF"
+
+
+def test_other_instruction_sets_are_another_library(own_cache: Path) -> None:
+    build.open_library(())
+    build.open_library(("avx2",))
+    assert len(list(own_cache.iterdir())) == 2
 
 
 def test_a_folder_that_others_can_write_is_not_used(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own_cache.mkdir()
     own_cache.chmod(0o777)
     assert build.cache_folder() is None
-    build.open_library()
+    build.open_library(())
     assert "for this process alone" in capsys.readouterr().err
     assert not list(own_cache.iterdir())
 
@@ -55,13 +61,13 @@ def test_a_failing_compiler_gives_its_reason(monkeypatch: pytest.MonkeyPatch, tm
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     with pytest.raises(MissingError, match="cannot compile the kernels: fatal error: out of luck"):
-        build.open_library()
+        build.open_library(())
     native.forget()
     assert "out of luck" in native.explain()
 
 
 def test_several_processes_may_compile_at_once(own_cache: Path) -> None:
-    use = f"build.SOURCES = (pathlib.Path({str(build.SOURCES[0])!r}),); print(build.open_library().answer())"
+    use = f"build.SOURCES = (pathlib.Path({str(build.SOURCES[0])!r}),); print(build.open_library(()).answer())"
     script = f"import pathlib; from optkit.kernels import build; {use}"
     environment = {**os.environ, "PYTHONPATH": str(Path(build.__file__).parents[2])}
     runs = [subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)]

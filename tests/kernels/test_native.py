@@ -34,14 +34,29 @@ def test_the_fallback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPTKIT_KERNELS", "cuda")
-    with pytest.raises(OptkitError, match="'cuda'; use one of auto, avx512, torch"):
+    with pytest.raises(OptkitError, match="'cuda'; use one of auto, amx, avx512_bf16, avx512_vnni, avx512, avx2, torch"):
         native.native()
 
 
-def test_without_avx512_the_missing_flags_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "cpu_flags", lambda: frozenset({"avx2", "avx512f"}))
-    assert native.backend() == "torch"
-    assert "avx512bw" in native.explain() and "avx512f," not in native.explain()
+def test_a_processor_gets_the_highest_step_that_it_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    avx2 = {"avx2", "fma", "f16c"}
+    avx512 = avx2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    found = {
+        "none": native._highest(frozenset({"avx2", "fma"}), "auto"),
+        "avx2": native._highest(frozenset(avx2 | {"avx512f", "avx512_vnni"}), "auto"),
+        "avx512": native._highest(frozenset(avx512 | {"amx_tile"}), "auto"),
+        "all": native._highest(frozenset(avx512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"}), "auto"),
+        "asked": native._highest(frozenset(avx512 | {"avx512_vnni"}), "avx2"),
+        "too high": native._highest(frozenset(avx2), "avx512"),
+    }
+    assert found == {
+        "none": (None, "this processor has no f16c"),
+        "avx2": ("avx2", "this processor has no avx512bw, avx512dq, avx512vl"),
+        "avx512": ("avx512", "this processor has no avx512_vnni"),
+        "all": ("amx", "all kernels are in use"),
+        "asked": ("avx2", "asked for by OPTKIT_KERNELS"),
+        "too high": ("avx2", "this processor has no avx512bw, avx512dq, avx512f, avx512vl"),
+    }
 
 
 def test_without_a_compiler_it_says_so_and_runs(
