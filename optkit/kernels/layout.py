@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 LANES = 16
+_QUADS = 64  # columns that are padded to a whole
 
 
 def pack_nibbles(q: Tensor) -> Tensor:
@@ -29,6 +30,21 @@ def rows_to_kernel(q: Tensor) -> Tensor:
 def rows_from_kernel(kernel: Tensor, rows: int, cols: int) -> Tensor:
     """Return int8 (out, in) from the layout of ``rows_to_kernel``."""
     return kernel.transpose(1, 2).flatten(0, 1)[:rows, :cols].contiguous()
+
+
+def quads_to_kernel(q: Tensor) -> Tensor:
+    """Return int8 (out, in) as (blocks, in rounded up to 64, divided by 4, 16, 4): four columns of 16 output rows side by side.
+
+    Rows and columns beyond the last are zero.
+    """
+    rows, cols = q.shape
+    padded = functional.pad(q, (0, -cols % _QUADS, 0, -rows % LANES))
+    return padded.reshape(-1, LANES, padded.shape[1] // 4, 4).transpose(1, 2).contiguous()
+
+
+def quads_from_kernel(kernel: Tensor, rows: int, cols: int) -> Tensor:
+    """Return int8 (out, in) from the layout of ``quads_to_kernel``."""
+    return kernel.transpose(1, 2).flatten(2).flatten(0, 1)[:rows, :cols].contiguous()
 
 
 def groups_to_kernel(packed: Tensor, scale: Tensor, point: Tensor) -> Tensor:
