@@ -11,8 +11,7 @@ from torch.nn import functional
 from optkit.core.errors import TransformError
 from optkit.kernels.guards import dtype_named, refuse_non_finite, refuse_non_matrix, refuse_override, row_chunks
 from optkit.kernels.layout import groups_from_kernel, groups_to_kernel, pack_nibbles, unpack_nibbles
-from optkit.kernels.native import LayerStruct, struct_at
-from optkit.kernels.packed import PackedLinear
+from optkit.kernels.packed import Operands, PackedLinear
 
 GROUP_SIZES = (32, 64, 128)
 _LEVELS = 15
@@ -136,17 +135,18 @@ class Int4Linear(PackedLinear):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (out_features, in_features) as floats of this dtype."""
-        return dequantize_groups(*self.tensors(), dtype)
+        q, scale, point = self.tensors()
+        return dequantize_groups(q, scale, point, dtype)
 
     def _to_kernel(self) -> Tensor:
-        return groups_to_kernel(*self.tensors())
+        q, scale, point = self.tensors()
+        return groups_to_kernel(q, scale, point)
 
     def _from_kernel(self, kernel: Tensor) -> tuple[Tensor, ...]:
         return groups_from_kernel(kernel, self.out_features, self.in_features, self.scale_dtype)
 
-    def _struct(self, kernel: Tensor) -> tuple[LayerStruct, int]:
-        half = self.scale_dtype is torch.float16
-        return struct_at(kernel.data_ptr(), None, self.out_features, self.in_features, self.group_size, float16=half)
+    def _operands(self) -> Operands:
+        return Operands(group=self.group_size, float16=self.scale_dtype is torch.float16)
 
 
 def _search(groups: Tensor, shrinks: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,9 +12,8 @@ from torch.nn import functional
 from optkit.core.errors import TransformError
 from optkit.kernels.guards import dtype_named, refuse_non_finite, refuse_non_matrix, refuse_override, row_chunks
 from optkit.kernels.layout import LANES, rows_from_kernel, rows_to_kernel
-from optkit.kernels.native import LayerStruct, struct_at
 from optkit.kernels.ops import HALF
-from optkit.kernels.packed import PackedLayer, PackedLinear
+from optkit.kernels.packed import Operands, PackedLayer, PackedLinear
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,11 +66,8 @@ class _Rows(PackedLayer):
         rows, cols = self._sizes()
         return (rows_from_kernel(kernel, rows, cols),)
 
-    def _struct(self, kernel: Tensor) -> tuple[LayerStruct, int]:
-        return struct_at(kernel.data_ptr(), self.scale.data_ptr(), *self._sizes())
-
-    @abstractmethod
-    def _sizes(self) -> tuple[int, int]: ...
+    def _operands(self) -> Operands:
+        return Operands(self.scale)
 
 
 class Int8Linear(_Rows, PackedLinear):
@@ -120,9 +115,6 @@ class Int8Linear(_Rows, PackedLinear):
         """Return the arguments of ``empty``. For a tied layer (``tied`` is not None) the caller records what it is tied to."""
         dtype = str(self.compute_dtype).removeprefix("torch.")
         return {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None, "dtype": dtype}
-
-    def _sizes(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
 
 
 class Int8Embedding(_Rows, nn.Embedding):

@@ -47,6 +47,15 @@ def quads_from_kernel(kernel: Tensor, rows: int, cols: int) -> Tensor:
     return kernel.transpose(1, 2).flatten(2).flatten(0, 1)[:rows, :cols].contiguous()
 
 
+def with_totals(quads: Tensor) -> Tensor:
+    """Return the layout of ``quads_to_kernel`` with four more bytes a row: 128 times the row's sum, an int32 that may wrap around.
+
+    It is what a product with unsigned inputs, each 128 too large, is too large by.
+    """
+    totals = quads.sum(dim=(1, 3), dtype=torch.int64).mul_(128).to(torch.int32)
+    return torch.cat((quads, totals.view(torch.int8).view(-1, 1, LANES, 4)), dim=1)
+
+
 def groups_to_kernel(packed: Tensor, scale: Tensor, point: Tensor) -> Tensor:
     """Return int4 weights as bytes (blocks, groups, 8 * group_size + 64): the numbers of 16 output rows, then their scales and points.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optkit.core.errors import OptkitError
-from optkit.kernels.native import Native, native, struct_at
+from optkit.kernels.native import LayerStruct, Native, native, struct_at
 
 HALF: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}  # what the kernels read and write
 
@@ -39,28 +39,59 @@ def multiply(kernels: Native, address: int, input: Tensor, bias: Tensor | None, 
     return output
 
 
+def struct_of(
+    kernel: Tensor,
+    rows: int,
+    cols: int,
+    scale: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    group: int = 0,
+    float16: bool = False,
+    integer: bool = False,
+) -> tuple[LayerStruct, int]:
+    """Return the C struct of a packed weight and its address; the tensors must live as long as it is used. See ``struct_at``."""
+    places = [None if tensor is None else tensor.data_ptr() for tensor in (scale, input_scale)]
+    return struct_at(kernel.data_ptr(), places[0], rows, cols, group, float16=float16, integer=integer, input_scale=places[1])
+
+
 @torch.library.custom_op("optkit::packed_linear", mutates_args=(), device_types="cpu")
 def packed_linear(
-    input: Tensor, kernel: Tensor, scale: Tensor | None, bias: Tensor | None, cols: int, rows: int, group: int, float16: bool
+    input: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    cols: int,
+    scale: Tensor | None,
+    input_scale: Tensor | None,
+    group: int,
+    float16: bool,
+    integer: bool,
 ) -> Tensor:
     """Return input (..., cols) times the packed weight (rows, cols), plus bias (rows), in the dtype of the input.
 
-    Args:
-        kernel: the weight in the layout of the kernels.
-        scale: float32 (rows,) for int8; None for int4, whose scales are within ``kernel``.
-        group: columns in a group; 0 for int8.
-        float16: the scales within ``kernel`` are float16, not bfloat16.
+    The weight is in the layout of the kernels; for the last five see ``struct_at``.
     """
     found = native()
     if found is None:
         raise OptkitError("a model compiled with packed kernels runs where there are none; compile it anew on this machine")
     bias = bias if bias is None or bias.dtype in HALF else bias.float()
-    struct, address = struct_at(kernel.data_ptr(), None if scale is None else scale.data_ptr(), rows, cols, group, float16=float16)
+    struct, address = struct_of(kernel, rows, cols, scale, input_scale, group, float16, integer)
     output = multiply(found, address, input, bias, rows)
     del struct  # it had to live until here
     return output
 
 
 @packed_linear.register_fake
-def _(input: Tensor, kernel: Tensor, scale: Tensor | None, bias: Tensor | None, cols: int, rows: int, group: int, float16: bool) -> Tensor:
+def _(
+    input: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    cols: int,
+    scale: Tensor | None,
+    input_scale: Tensor | None,
+    group: int,
+    float16: bool,
+    integer: bool,
+) -> Tensor:
     return input.new_empty((*input.shape[:-1], rows))

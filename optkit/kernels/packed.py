@@ -16,9 +16,19 @@ from torch.compiler import is_compiling
 from torch.nn import functional
 
 from optkit.kernels.native import LayerStruct, Native, native
-from optkit.kernels.ops import HALF, multiply, packed_linear
+from optkit.kernels.ops import HALF, multiply, packed_linear, struct_of
 
 _PACKING = threading.Lock()
+
+
+class Operands(NamedTuple):
+    """What a kernel reads beside the weight itself, and how it reads the weight; see ``struct_at``."""
+
+    scale: Tensor | None = None
+    input_scale: Tensor | None = None
+    group: int = 0
+    float16: bool = False
+    integer: bool = False
 
 
 class Plan(NamedTuple):
@@ -62,7 +72,10 @@ class PackedLayer(nn.Module):
     def _from_kernel(self, kernel: Tensor) -> tuple[Tensor, ...]: ...
 
     @abstractmethod
-    def _struct(self, kernel: Tensor) -> tuple[LayerStruct, int]: ...
+    def _operands(self) -> Operands: ...
+
+    @abstractmethod
+    def _sizes(self) -> tuple[int, int]: ...
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the saved tensors in the portable layout, whichever layout is in memory."""
@@ -83,7 +96,8 @@ class PackedLayer(nn.Module):
                 self.kernel = self._to_kernel()
                 for name in self.replaced:
                     self._buffers[name] = None
-            struct, address = self._struct(self.kernel)
+            rows, cols = self._sizes()
+            struct, address = struct_of(self.kernel, rows, cols, *self._operands())
             self.plan = Plan(found, address, struct, tuple(tensor for tensor in self._buffers.values() if tensor is not None))
         return True
 
@@ -135,9 +149,6 @@ class PackedLinear(PackedLayer, nn.Linear):
     On the CPU, float32 and bfloat16 inputs that need no gradient run in the kernels; all else dequantizes and multiplies in PyTorch.
     """
 
-    group_size: int = 0
-    scale_dtype: torch.dtype = torch.float32
-
     def __init__(self, tensors: tuple[Tensor, ...], bias: Tensor | None, sizes: tuple[int, int], compute_dtype: torch.dtype) -> None:
         super().__init__(tensors, compute_dtype)
         self.in_features, self.out_features = sizes
@@ -179,6 +190,9 @@ class PackedLinear(PackedLayer, nn.Linear):
             raise RuntimeError(f"the input has {input.shape[-1]} features, this layer takes {self.in_features}")
         return multiply(plan.native, plan.address, input, bias, self.out_features)
 
+    def _sizes(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
     def _forward_elsewhere(self, input: Tensor) -> Tensor:
         if self.owner.plan is None and _plain(input) and self.owner.prepare():
             return self.forward(input)
@@ -188,9 +202,7 @@ class PackedLinear(PackedLayer, nn.Linear):
         kernel = self.owner.kernel
         if kernel is None or input.dtype not in HALF or input.device.type != "cpu" or (torch.is_grad_enabled() and input.requires_grad):
             return self._forward_torch(input)
-        scale = None if self.group_size else self.owner.scale
-        sizes = (self.in_features, self.out_features, self.group_size, self.scale_dtype is torch.float16)
-        output: Tensor = packed_linear(input, kernel, scale, self.bias, *sizes)
+        output: Tensor = packed_linear(input, kernel, self.bias, *self._sizes(), *self.owner._operands())
         return output
 
     def _forward_torch(self, input: Tensor) -> Tensor:

@@ -12,9 +12,8 @@ from torch.nn import functional
 from optkit.core.errors import TransformError
 from optkit.kernels.guards import dtype_named, refuse_override
 from optkit.kernels.int8 import dequantize_rows, quantize_rows
-from optkit.kernels.layout import quads_from_kernel, quads_to_kernel
-from optkit.kernels.native import LayerStruct
-from optkit.kernels.packed import PackedLinear
+from optkit.kernels.layout import quads_from_kernel, quads_to_kernel, with_totals
+from optkit.kernels.packed import Operands, PackedLinear
 
 MOST_COLUMNS = (2**31 - 1) // 127**2  # more of them, and a sum could leave int32
 _EXACT_COLUMNS = 1024  # sums of so many products of int8 are whole numbers that float32 holds
@@ -98,6 +97,7 @@ class W8A8Linear(PackedLinear):
     replaced: ClassVar[tuple[str, ...]] = ("qweight",)
     qweight: Tensor
     scale: Tensor
+    input_scale: Tensor
 
     def __init__(self, tensors: tuple[Tensor, ...], bias: Tensor | None, compute_dtype: torch.dtype) -> None:
         rows, columns = tensors[0].shape
@@ -157,18 +157,14 @@ class W8A8Linear(PackedLinear):
         q, scale, *_ = self.tensors()
         return dequantize_rows(q, scale, dtype)
 
-    def prepare(self) -> bool:
-        """Return False: these layers run in PyTorch."""
-        return False  # hooked up with the C kernel
-
     def _to_kernel(self) -> Tensor:
-        return quads_to_kernel(self.tensors()[0])
+        return with_totals(quads_to_kernel(self.tensors()[0]))
 
     def _from_kernel(self, kernel: Tensor) -> tuple[Tensor, ...]:
-        return (quads_from_kernel(kernel, self.out_features, self.in_features),)
+        return (quads_from_kernel(kernel[:, :-1], self.out_features, self.in_features),)
 
-    def _struct(self, kernel: Tensor) -> tuple[LayerStruct, int]:
-        raise NotImplementedError  # hooked up with the C kernel
+    def _operands(self) -> Operands:
+        return Operands(self.scale, self.input_scale if self.static else None, integer=True)
 
     def _forward_torch(self, input: Tensor) -> Tensor:
         if input.shape[-1] != self.in_features:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from optkit.core.errors import TransformError
 from optkit.kernels import LAYERS, w8a8
 from optkit.kernels.int8 import quantize_rows
-from optkit.kernels.layout import quads_from_kernel, quads_to_kernel
+from optkit.kernels.layout import quads_from_kernel, quads_to_kernel, with_totals
 from optkit.kernels.packed import PackedLinear, prepare_layers
 from optkit.kernels.w8a8 import MOST_COLUMNS, W8A8Linear, integer_product, quantize_tokens, w8a8_linear_reference
 
@@ -122,6 +122,20 @@ def test_the_layout_of_the_kernels_is_exact_both_ways() -> None:
         torch.testing.assert_close(quads_from_kernel(kernel, rows, cols), q, rtol=0, atol=0)
         assert int(kernel.long().abs().sum()) == int(q.long().abs().sum())  # the rest is zeros
     assert int(quads_to_kernel(torch.arange(17 * 8).view(17, 8).to(torch.int8))[0, 1, 3, 2]) == 3 * 8 + 4 + 2  # block, quad, row, column
+
+
+def test_the_totals_are_sums_of_rows_and_wrap_around() -> None:
+    q = torch.randint(-127, 128, (20, 70), dtype=torch.int8)
+    totals = with_totals(quads_to_kernel(q))[:, -1].reshape(-1, 4).contiguous().view(torch.int32)[:, 0]
+    assert torch.equal(totals[:20], 128 * q.sum(dim=1, dtype=torch.int32)) and not totals[20:].any()
+    long = with_totals(quads_to_kernel(torch.full((1, MOST_COLUMNS), 127, dtype=torch.int8)))[0, -1, 0].view(torch.int32)
+    assert (int(long) - 128 * 127 * MOST_COLUMNS) % 2**32 == 0
+
+
+def test_the_longest_product_is_exact_in_every_kernel(backend: str) -> None:
+    layer = W8A8Linear((torch.full((3, MOST_COLUMNS), 127, dtype=torch.int8), torch.ones(3)), None, torch.float32)
+    for rows in (1, 20):
+        assert (layer(torch.full((rows, MOST_COLUMNS), 127.0)) == torch.tensor(MOST_COLUMNS * 127**2).float()).all()
 
 
 @STATIC
