@@ -16,7 +16,7 @@ from optkit.kernels.decoder import BlockParts, Decoder, DecoderParts
 from optkit.kernels.native import explain, native
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_LANES, _WIDEST_HEAD = 16, 512
+_LANES, _WIDEST_HEAD, _MOST_SHARING = 16, 512, 64
 _ROUND_TO = 256
 _MOVING_ROTATIONS = ("dynamic", "longrope")
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}  # a mistake gives about 1
@@ -113,6 +113,7 @@ def refusal(module: nn.Module) -> str | None:
         f"activation {config.hidden_act}": config.hidden_act != "silu",
         f"rotation {rotation}": rotation in _MOVING_ROTATIONS,
         f"hidden size {config.hidden_size}, no multiple of {_LANES}": config.hidden_size % _LANES != 0,
+        f"{attention.num_key_value_groups} heads that share keys": attention.num_key_value_groups > _MOST_SHARING,
         f"head size {attention.head_dim}": attention.head_dim % _LANES != 0 or attention.head_dim > _WIDEST_HEAD,
     }
     return next((reason for reason, found in wrong.items() if found), None)

@@ -19,7 +19,7 @@ from optkit.core.files import write_bytes
 
 _HERE = Path(__file__).parent
 SOURCES = (_HERE / "linear.c", _HERE / "decode.c")
-HEADERS = tuple(_HERE / name for name in ("lanes.h", "few.h", "panels.h", "integers.h", "pairs.h", "tiles.h"))
+HEADERS = tuple(_HERE / name for name in ("lanes.h", "few.h", "panels.h", "integers.h", "pairs.h", "tiles.h", "decoder.h", "attention.h"))
 # The library is linked without an OpenMP runtime of its own: it finds the one that torch has loaded, and so shares torch's threads.
 _COMPILE = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-c")
 _LINK = ("-shared",)

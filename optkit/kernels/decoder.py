@@ -1,4 +1,4 @@
-"""One step of a Llama-like decoder in a single call: what decode.c needs to know of a model, and the memory it works in."""
+"""One step of a Llama-like decoder in a single call: what decoder.h needs to know of a model, and the memory it works in."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Block(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("input_norm", "attention_norm", "query_norm", "key_norm")),
         *((name, _Dense) for name in ("query", "key", "value", "output", "gate", "up", "down")),
-        *((name, _POINTER) for name in ("keys", "values")),
+        *((name, _POINTER) for name in ("keys", "values", "key_scale", "key_low", "value_scale", "value_low")),
         ("window", _COUNT),
     )
 
@@ -34,7 +34,7 @@ class _Decoder(ctypes.Structure):
         ("blocks", ctypes.POINTER(_Block)),
         *((name, _POINTER) for name in ("final_norm", "cosine", "sine")),
         ("head", _Dense),
-        *((name, _COUNT) for name in ("depth", "hidden", "heads", "kv_heads", "head_size", "widest", "capacity")),
+        *((name, _COUNT) for name in ("depth", "hidden", "heads", "kv_heads", "head_size", "widest", "capacity", "kv_bits", "kv_groups")),
         ("epsilon", ctypes.c_float),
         ("scale", ctypes.c_float),
     )

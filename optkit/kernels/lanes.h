@@ -40,6 +40,7 @@ INLINE vec v_power_of_two(vec p, vec n) { return _mm512_scalef_ps(p, n); } /* p 
 INLINE float v_sum(vec a) { return _mm512_reduce_add_ps(a); }
 INLINE float v_largest(vec a) { return _mm512_reduce_max_ps(a); }
 INLINE vec v_from_int8(const uint8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
+INLINE vec v_from_bytes(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); }
 INLINE void v_to_int8(int8_t *p, vec v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))); }
 INLINE vec v_from_float16(__m256i bits) { return _mm512_cvtph_ps(bits); }
 INLINE vec v_from_bfloat16(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
@@ -116,6 +117,10 @@ INLINE float v_largest(vec a)
 }
 INLINE __m256 eight_bytes(const uint8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
 INLINE vec v_from_int8(const uint8_t *p) { return (vec){eight_bytes(p), eight_bytes(p + 8)}; }
+INLINE vec v_from_bytes(__m128i bytes)
+{
+    return (vec){_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+}
 INLINE void v_to_int8(int8_t *p, vec v)
 {
     __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(v.low), _mm256_cvtps_epi32(v.high));
