@@ -19,10 +19,10 @@ from optkit.core.files import write_bytes
 
 _HERE = Path(__file__).parent
 SOURCES = (_HERE / "linear.c", _HERE / "decode.c")
-HEADERS = tuple(_HERE / name for name in ("lanes.h", "few.h", "panels.h", "integers.h", "pairs.h", "tiles.h", "decoder.h", "attention.h"))
+OPERATOR = _HERE / "operator.cpp"
+HEADERS = tuple(_HERE / f"{name}.h" for name in ("lanes", "few", "panels", "integers", "pairs", "tiles", "decoder", "attention"))
 # The library is linked without an OpenMP runtime of its own: it finds the one that torch has loaded, and so shares torch's threads.
 _COMPILE = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-c")
-_LINK = ("-shared",)
 _TIMEOUT_S = 180
 
 
@@ -37,24 +37,39 @@ def open_library(features: tuple[str, ...]) -> ctypes.CDLL:
     Raises:
         MissingError: there is no compiler, it failed, or its product cannot be loaded; the message is the reason.
     """
-    compiler = _compiler()
+    compiler = _compiler("CC", "cc", "gcc")
+    return _open(compiler, SOURCES, (*_COMPILE, *(f"-m{feature}" for feature in features)), ("-shared",), "kernels")
+
+
+def open_operator(torch_folder: Path, torch_version: str) -> ctypes.CDLL:
+    """Return the library with the operator of PyTorch; loading it registers the operator.
+
+    Raises:
+        MissingError: there is no C++ compiler, or this version of PyTorch has other headers; the message is the reason.
+    """
+    compiler = _compiler("CXX", "c++", "g++")
+    include = ("-I", str(torch_folder / "include"), "-I", str(_HERE), "-mavx2", "-mfma", "-mf16c", f'-DOPTKIT_TORCH="{torch_version}"')
+    flags = ("-O2", "-std=c++20", "-fPIC", "-c", *include)
+    return _open(compiler, (OPERATOR,), flags, ("-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"), "operator")
+
+
+def _open(compiler: list[str], sources: tuple[Path, ...], flags: tuple[str, ...], link: tuple[str, ...], what: str) -> ctypes.CDLL:
     folder = cache_folder()
-    flags = (*_COMPILE, *(f"-m{feature}" for feature in features))
-    name = f"kernels-{_key(compiler, flags)}.so"
+    name = f"{what}-{_key(compiler, sources, flags, link)}.so"
     if folder is not None and (folder / name).is_file():
         try:
             return ctypes.CDLL(str(folder / name))
         except OSError:
             (folder / name).unlink(missing_ok=True)
     span = "once for this machine" if folder else "for this process alone, because the cache folder cannot be written or is open to others"
-    print(f"optkit: compiling the kernels, {span}", file=sys.stderr, flush=True)
+    print(f"optkit: compiling the {what}, {span}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="optkit-") as aside:
-        built = _compile(compiler, flags, Path(aside))
+        built = _compile(compiler, sources, flags, link, Path(aside))
         path = built if folder is None else _keep(built, folder / name)
         try:
             return ctypes.CDLL(str(path))
         except OSError as error:
-            raise MissingError(f"the compiled kernels cannot be loaded: {error}") from None
+            raise MissingError(f"the compiled {what} cannot be loaded: {error}") from None
 
 
 def cache_folder() -> Path | None:
@@ -71,25 +86,24 @@ def cache_folder() -> Path | None:
     return None if foreign else folder
 
 
-def _compiler() -> list[str]:
-    wanted = [shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"]]
-    for command in wanted:
+def _compiler(variable: str, *usual: str) -> list[str]:
+    for command in (shlex.split(os.environ.get(variable, "")), *([name] for name in usual)):
         if command and shutil.which(command[0]):
             return command
-    raise MissingError("no C compiler is here (looked for $CC, cc and gcc)")
+    raise MissingError(f"no {'C' if variable == 'CC' else 'C++'} compiler is here (looked for ${variable}, {' and '.join(usual)})")
 
 
-def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
+def _key(compiler: list[str], sources: tuple[Path, ...], flags: tuple[str, ...], link: tuple[str, ...]) -> str:
     version = _run([*compiler, "--version"], "say its version")
-    parts = (*(path.read_text() for path in (*SOURCES, *HEADERS)), *flags, *_LINK, *compiler, version, platform.machine())
+    parts = (*(path.read_text() for path in (*sources, *HEADERS)), *flags, *link, *compiler, version, platform.machine())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
-def _compile(compiler: list[str], flags: tuple[str, ...], aside: Path) -> Path:
-    units, library = [aside / f"{source.stem}.o" for source in SOURCES], aside / "kernels.so"
-    for source, unit in zip(SOURCES, units, strict=True):
-        _run([*compiler, *flags, str(source), "-o", str(unit)], "compile the kernels")
-    _run([*compiler, *_LINK, *map(str, units), "-o", str(library)], "link the kernels")
+def _compile(compiler: list[str], sources: tuple[Path, ...], flags: tuple[str, ...], link: tuple[str, ...], aside: Path) -> Path:
+    units, library = [aside / f"{source.stem}.o" for source in sources], aside / "library.so"
+    for source, unit in zip(sources, units, strict=True):
+        _run([*compiler, *flags, str(source), "-o", str(unit)], f"compile {source.name}")
+    _run([*compiler, *map(str, units), *link, "-o", str(library)], "link the library")
     return library
 
 
@@ -97,7 +111,7 @@ def _keep(built: Path, place: Path) -> Path:
     try:
         write_bytes(place, built.read_bytes())
     except (PlaceError, ResourceError) as error:
-        print(f"optkit: the compiled kernels are not kept: {error}", file=sys.stderr)
+        print(f"optkit: what was compiled is not kept: {error}", file=sys.stderr)
         return built
     return place
 

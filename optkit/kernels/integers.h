@@ -7,6 +7,8 @@ INLINE int64_t quads_of(const struct layer *layer) { return (layer->cols + 63) /
 
 static __attribute__((noinline)) void finish_integers(const struct call *c, int64_t m, int64_t block, ivec sum)
 {
+    if (block >= c->blocks)
+        return;
     const uint8_t *totals = c->layer->weight + (block + 1) * c->block_bytes - 64; /* 128 times the sum of each row of weights */
     finish(c, m, block, i_float(QUAD_OFFSET ? i_sub(sum, i_load(totals)) : sum));
 }

@@ -83,9 +83,9 @@ def explain() -> str:
     return f"{backend()}: {_choose().reason}"
 
 
-def rounds(rows: int, kind: Backend) -> bool:
-    """Say whether a backend rounds float inputs of so many rows to bfloat16 when it multiplies them by int8 or int4 weights."""
-    return rows >= _MANY_FROM.get(kind, _NEVER)
+def many_from(kind: Backend) -> int:
+    """Return from how many rows on a backend rounds float inputs to bfloat16, to multiply them by int8 and int4 weights."""
+    return _MANY_FROM.get(kind, _NEVER)
 
 
 @lru_cache(maxsize=4096)
@@ -113,8 +113,8 @@ def struct_at(
         input_scale: integer inputs: where their scale stands; None for one a row of the input, found anew.
     """
     found = native()
-    many_from = _NEVER if found is None else _MANY_FROM.get(found.backend, _NEVER)
-    struct = LayerStruct(weight, scale, input_scale, rows, cols, group, many_from, float16, integer)
+    many = _NEVER if found is None else many_from(found.backend)
+    struct = LayerStruct(weight, scale, input_scale, rows, cols, group, many, float16, integer)
     return struct, ctypes.addressof(struct)
 
 

@@ -1,14 +1,22 @@
-"""The kernels as PyTorch operators, so that torch.compile can trace past them. Eager layers call the kernels directly, which costs less."""
+"""The kernels as PyTorch operators, so that torch.compile can trace past them. Eager layers call the kernels directly, which costs less.
+
+There are two of them with one meaning: one in C++, which costs a graph next to nothing, and one in Python, where that cannot be compiled.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from optkit.core.errors import OptkitError
-from optkit.kernels.native import LayerStruct, Native, native, struct_at
+from optkit.core.errors import MissingError, OptkitError
+from optkit.kernels.build import open_operator
+from optkit.kernels.native import LayerStruct, Native, many_from, native, struct_at
 
 HALF: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}  # what the kernels read and write
 
@@ -74,7 +82,6 @@ def packed_linear(
     found = native()
     if found is None:
         raise OptkitError("a model compiled with packed kernels runs where there are none; compile it anew on this machine")
-    bias = bias if bias is None or bias.dtype in HALF else bias.float()
     struct, address = struct_of(kernel, rows, cols, scale, input_scale, group, float16, integer)
     output = multiply(found, address, input, bias, rows)
     del struct  # it had to live until here
@@ -82,16 +89,22 @@ def packed_linear(
 
 
 @packed_linear.register_fake
-def _(
-    input: Tensor,
-    kernel: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    cols: int,
-    scale: Tensor | None,
-    input_scale: Tensor | None,
-    group: int,
-    float16: bool,
-    integer: bool,
-) -> Tensor:
+def _shape(input: Tensor, kernel: Tensor, bias: Tensor | None, rows: int, *rest: object) -> Tensor:
     return input.new_empty((*input.shape[:-1], rows))
+
+
+@cache
+def has_native_operator() -> bool:
+    """Open the operator in C++, compiled at first use; return False where there is none, after saying why."""
+    found = native()
+    if found is None:
+        return False
+    try:
+        library = open_operator(Path(torch.__file__).parent, torch.__version__)
+    except MissingError as error:
+        print(f"optkit: compiled graphs call the kernels by way of Python, which costs some microseconds a call: {error}", file=sys.stderr)
+        return False
+    library.optkit_serve.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.optkit_serve(ctypes.cast(found.linear, ctypes.c_void_p), many_from(found.backend))  # type: ignore[arg-type]
+    torch.library.register_fake("optkit::packed_linear_native", _shape)
+    return True

@@ -16,9 +16,10 @@ from torch.compiler import is_compiling
 from torch.nn import functional
 
 from optkit.kernels.native import LayerStruct, Native, native
-from optkit.kernels.ops import HALF, multiply, packed_linear, struct_of
+from optkit.kernels.ops import HALF, has_native_operator, multiply, packed_linear, struct_of
 
 _PACKING = threading.Lock()
+_traced_natively = False  # read while tracing, when nothing can be compiled any more
 
 
 class Operands(NamedTuple):
@@ -202,7 +203,9 @@ class PackedLinear(PackedLayer, nn.Linear):
         kernel = self.owner.kernel
         if kernel is None or input.dtype not in HALF or input.device.type != "cpu" or (torch.is_grad_enabled() and input.requires_grad):
             return self._forward_torch(input)
-        output: Tensor = packed_linear(input, kernel, self.bias, *self._sizes(), *self.owner._operands())
+        operator = torch.ops.optkit.packed_linear_native if _traced_natively else packed_linear
+        bias = self.bias if self.bias is None or self.bias.dtype in HALF else self.bias.float()
+        output: Tensor = operator(input, kernel, bias, *self._sizes(), *self.owner._operands())
         return output
 
     def _forward_torch(self, input: Tensor) -> Tensor:
@@ -212,7 +215,10 @@ class PackedLinear(PackedLayer, nn.Linear):
 
 def prepare_layers(module: nn.Module) -> int:
     """Make the kernel layout of every packed layer in a module, as compiled models need before tracing; return how many layers have one."""
-    return sum(layer.owner.prepare() for layer in module.modules() if isinstance(layer, PackedLinear))
+    global _traced_natively
+    count = sum(layer.owner.prepare() for layer in module.modules() if isinstance(layer, PackedLinear))
+    _traced_natively = count > 0 and has_native_operator()
+    return count
 
 
 def _plain(input: Tensor) -> bool:

@@ -34,7 +34,7 @@ def test_the_library_is_compiled_once_and_found_again(own_cache: Path, capsys: p
 
 def test_a_broken_library_in_the_cache_is_made_anew(own_cache: Path) -> None:
     own_cache.mkdir(mode=0o700)
-    broken = own_cache / f"kernels-{build._key(build._compiler(), build._COMPILE)}.so"
+    broken = own_cache / f"kernels-{build._key(build._compiler('CC', 'cc'), build.SOURCES, build._COMPILE, ('-shared',))}.so"
     broken.write_bytes(b"no library")
     build.open_library(())
     assert broken.read_bytes()[:4] == b"\x7fELF"
@@ -60,7 +60,7 @@ def test_a_failing_compiler_gives_its_reason(monkeypatch: pytest.MonkeyPatch, tm
     compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'fatal error: out of luck' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
-    with pytest.raises(MissingError, match="cannot compile the kernels: fatal error: out of luck"):
+    with pytest.raises(MissingError, match=r"cannot compile small\.c: fatal error: out of luck"):
         build.open_library(())
     native.forget()
     assert "out of luck" in native.explain()

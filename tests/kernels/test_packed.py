@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from optkit.kernels import LAYERS
 from optkit.kernels.int4 import Int4Linear
 from optkit.kernels.int8 import Int8Embedding, Int8Linear
-from optkit.kernels.native import rounds
+from optkit.kernels.native import many_from
 from optkit.kernels.packed import PackedLinear, prepare_layers
 
 ROWS = (1, 2, 3, 7, 16, 33, 128)
@@ -48,7 +48,7 @@ def test_results_agree_with_float64(backend: str, kind: str, dtype: torch.dtype,
                 x = torch.randn(rows, in_features, dtype=dtype)
                 y = layer(x)
                 assert y.dtype == dtype and y.shape == (rows, out_features)
-                limit = TOLERANCE[torch.bfloat16 if rounds(rows, backend) else dtype]
+                limit = TOLERANCE[torch.bfloat16 if rows >= many_from(backend) else dtype]
                 assert error_of(layer, x, y) < limit, (in_features, out_features, rows)
 
 
