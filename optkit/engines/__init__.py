@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from optkit.core.errors import TransformError
 from optkit.core.subject import Subject
 from optkit.engines.compiled import CompiledEngine, CompiledForward
 from optkit.engines.contract import Engine, ForwardEngine
 from optkit.engines.eager import EagerEngine, EagerForward
-from optkit.engines.native import NativeEngine, refusal
+from optkit.engines.kv_cache import KvCacheEngine
+from optkit.engines.native import refusal
+from optkit.engines.native_score import NativeEngine
 
 
 def engine_for(subject: Subject) -> Engine | ForwardEngine:
-    """Return an engine that can execute the subject: its own forward, unless its history has a ``compile``."""
+    """Return an engine that can execute the subject: its own forward, unless its history has a ``compile`` or a ``kv_cache``.
+
+    Raises:
+        TransformError: it has both.
+    """
     backend = next((step.settings["backend"] for step in subject.history if step.name == "compile"), None)
+    cache = next((step.settings for step in subject.history if step.name == "kv_cache"), None)
+    if cache is not None:
+        if backend is not None:
+            raise TransformError("compiled steps keep their own cache of floats; leave out compile or kv_cache")
+        return KvCacheEngine(subject.module, **cache)
     if subject.kind != "causal-lm":
         return EagerForward(subject.module) if backend is None else CompiledForward(subject.module)
     if backend is None:
@@ -25,6 +37,9 @@ def told(engine: Engine | ForwardEngine) -> str | None:
     """Return how the engine executes, for a report; None for the model's own forward."""
     if isinstance(engine, NativeEngine):
         return "steps of one token in one call of optkit's kernels, in float32; prompts by the model's own forward"
+    if isinstance(engine, KvCacheEngine):
+        recent = f", the {engine.keep_recent} most recent positions as they are" if engine.keep_recent else ""
+        return f"the model's own forward, keys and values kept in {engine.bits} bits{recent} and given to attention as floats"
     if isinstance(engine, CompiledEngine):
         reason = refusal(engine.module)
         chosen = f" (not by optkit's kernels: {reason})" if reason else ""
@@ -39,6 +54,7 @@ __all__ = [
     "EagerForward",
     "Engine",
     "ForwardEngine",
+    "KvCacheEngine",
     "NativeEngine",
     "engine_for",
     "told",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from optkit.engines.eager import cache_name
+from optkit.engines.held import held_bytes
 from optkit.kernels.packed import prepare_layers
 
 _ROUND_TO = 256
@@ -46,6 +47,16 @@ class CompiledEngine:
         logits: Tensor = self._graph(ids, torch.tensor([[self._length]]), self._cache())
         self._length += 1
         return logits
+
+    @torch.inference_mode()
+    def score(self, input_ids: Tensor) -> Tensor:
+        """Return the (b, t, v) logits of (b, t) input ids, by one forward of the model's own without a cache."""
+        logits: Tensor = self.module(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+    def cache_bytes(self) -> int:
+        """Return the bytes of the request's keys and values, the room for later positions included."""
+        return held_bytes(self._cache()) if self._length else 0
 
     def reset(self) -> None:
         """Forget the cache."""

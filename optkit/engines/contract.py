@@ -17,6 +17,15 @@ class Engine(Protocol):
     def step(self, token_ids: Tensor) -> Tensor:
         """Take (b,) token ids, one for each sequence, and return their (b, v) logits."""
 
+    def score(self, input_ids: Tensor) -> Tensor:
+        """Return the (b, t, v) logits of (b, t) input ids, each position judged from the past that this engine keeps of the others.
+
+        The cache of a request in progress is left as it is.
+        """
+
+    def cache_bytes(self) -> int:
+        """Return the bytes that keys and values of the request in progress take, spare room included; 0 where there is none."""
+
     def reset(self) -> None:
         """Forget the cache."""
 

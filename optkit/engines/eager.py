@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optkit.engines.held import held_bytes
+
 
 def cache_name(module: nn.Module) -> str:
     """Return what this version of transformers calls the cache of keys and values, as an argument and in the output."""
@@ -35,6 +37,16 @@ class EagerEngine:
     def step(self, token_ids: Tensor) -> Tensor:
         """Take (b,) token ids, one for each sequence, and return their (b, v) logits."""
         return self._run(token_ids[:, None])
+
+    @torch.inference_mode()
+    def score(self, input_ids: Tensor) -> Tensor:
+        """Return the (b, t, v) logits of (b, t) input ids, by one forward without a cache."""
+        logits: Tensor = self.module(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+    def cache_bytes(self) -> int:
+        """Return the bytes of the request's keys and values."""
+        return held_bytes(self.cache)
 
     def reset(self) -> None:
         """Forget the cache."""

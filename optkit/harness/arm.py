@@ -115,6 +115,8 @@ class Arm:
         meter = recipe_from_dict(recipe).measure["latency"]
         session = meter.session(self._arm(), batch_size, self._group)  # type: ignore[attr-defined]
         generates = self._arm().subject.kind == "causal-lm"
+        if generates:
+            self._arm().engine.reset()  # a rank without a sequence of this batch would still hold one of the last
         warm_up = [session.block() for _ in range(meter.blocks_per_round(generates))]  # type: ignore[attr-defined]
         self._sessions[batch_size] = session
         forget_peak()
@@ -125,8 +127,10 @@ class Arm:
         return dict(self._sessions[batch_size].block())
 
     def do_memory(self) -> dict[str, Any]:
-        """Return this rank's peak resident memory since serving began, and what the empty runtime took."""
-        return {"peak_bytes": peak_bytes(), "runtime_bytes": self._runtime_bytes}
+        """Return this rank's peak resident memory since serving began, what the empty runtime took, and what its cache holds now."""
+        generates = self._opened is not None and self._opened.subject.kind == "causal-lm"
+        held = self._arm().engine.cache_bytes() if generates else 0
+        return {"peak_bytes": peak_bytes(), "runtime_bytes": self._runtime_bytes, "cache_bytes": held}
 
     def do_roof(self, size_bytes: int) -> dict[str, Any]:
         """Return the read bandwidth that this process reaches on a buffer of this size."""

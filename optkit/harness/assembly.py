@@ -13,7 +13,7 @@ from optkit.core.measurement import Comparison, Measurement, Metric, Samples
 from optkit.harness import statistics
 from optkit.harness.stages import AGAIN, BASELINE, OPTIMIZED
 from optkit.harness.trial import REFERENCE_EVERY, columns_of
-from optkit.measure.latency import Latency
+from optkit.measure.latency import Latency, sized
 from optkit.recipe.schema import Recipe
 from optkit.report import record
 from optkit.tasks import Task
@@ -117,6 +117,8 @@ def _gather(recipe: Recipe, task: Task, results: dict[str, Any]) -> _Arms:
             every = 1 if name in (BASELINE, OPTIMIZED, AGAIN) else REFERENCE_EVERY
             for metric in meter.metrics(int(size), generates):
                 arms.sample(name, _Sampled(metric, columns_of(rounds), every, timed=True))
+            if generates:
+                _count_cache(arms, name, int(size), meter, [rank["cache_bytes"] for rank in timing["memory"][name]])
     for name, lists in results["quality"].items():
         columns = {key: np.array(values, dtype=np.float64) for key, values in lists.items()}  # null is NaN
         for metric in task.metrics():
@@ -149,6 +151,13 @@ def _count(arms: _Arms, name: str, facts: dict[str, Any], results: dict[str, Any
         roof = facts["roof_bytes_per_second"]
         arms.count(name, "read_bandwidth", "bytes/s", bandwidth, True)
         arms.count(name, "roof_share", "share", bandwidth / roof, True, roof_bytes_per_second=roof)
+
+
+def _count_cache(arms: _Arms, name: str, batch_size: int, meter: Latency, ranks: list[int]) -> None:
+    """Count what the cache of a request held at its end, when the last token was generated and not yet fed back."""
+    positions = meter.prompt_tokens + meter.new_tokens - 1
+    each = sum(ranks) / (positions * batch_size)
+    arms.count(name, sized("cache_bytes", batch_size), "bytes", sum(ranks), positions=positions, bytes_per_position=each)
 
 
 def _compare(arms: _Arms, name: str, floors: dict[str, Comparison]) -> list[Comparison]:

@@ -15,7 +15,7 @@ from optkit.core.registry import did_you_mean
 from optkit.core.subject import Kind, Subject
 from optkit.harness.workloads import task_for
 from optkit.kernels.native import refuse_unknown_choice
-from optkit.measure.latency import Latency
+from optkit.measure.latency import Latency, sized
 from optkit.models.artefact import distinct_tensors
 from optkit.models.sources import outline_model
 from optkit.recipe.reading import line_of
@@ -121,6 +121,7 @@ def _compared(recipe: Recipe, task: Task, kind: Kind) -> list[str]:
     latency = recipe.measure.get("latency")
     if isinstance(latency, Latency):
         names += [metric.name for size in latency.batch_sizes for metric in latency.metrics(size, kind == "causal-lm")]
+        names += [sized("cache_bytes", size) for size in latency.batch_sizes if kind == "causal-lm"]
     if "memory" in recipe.measure:
         names.append("peak_memory_bytes")
     if "quality" in recipe.measure:

@@ -52,9 +52,13 @@ class Latency(Meter):
 
     def metrics(self, batch_size: int, generates: bool) -> tuple[Metric, ...]:
         """Return what is made of the times at one batch size; sizes other than 1 are part of the names."""
-        suffix = "" if batch_size == 1 else f"@{batch_size}"
         made = _generation_metrics(batch_size, self.new_tokens) if generates else _forward_metrics(batch_size)
-        return tuple(_renamed(metric, metric.name + suffix) for metric in made)
+        return tuple(_renamed(metric, sized(metric.name, batch_size)) for metric in made)
+
+
+def sized(metric: str, batch_size: int) -> str:
+    """Return a metric's name at a batch size: ``tpot_ms`` at 1 and ``tpot_ms@8`` at 8."""
+    return metric if batch_size == 1 else f"{metric}@{batch_size}"
 
 
 class _Generation:

@@ -14,7 +14,7 @@ Family = Literal["timing", "quality", "fidelity", "size"]
 TIMING = ("ttft_ms", "tpot_ms", "itl_p50_ms", "itl_p90_ms", "itl_p99_ms", "tokens_per_second")
 QUALITY = ("perplexity", "bits_per_byte", "token_accuracy")
 FIDELITY = ("kl_divergence", "top1_agreement", "greedy_match")
-SIZE = ("peak_memory_bytes", "artefact_bytes", "weight_bytes_per_token")
+SIZE = ("peak_memory_bytes", "artefact_bytes", "weight_bytes_per_token", "cache_bytes")
 ORDER = (*TIMING, *QUALITY, *FIDELITY, *SIZE, "read_bandwidth", "roof_share")
 HIGHER_IS_BETTER = ("tokens_per_second", "token_accuracy", "top1_agreement", "greedy_match", "read_bandwidth", "roof_share")
 

@@ -81,7 +81,7 @@ class LanguageModeling(Task):
         kept = kept_positions(len(windows), positions, vocabulary)
         scored: list[dict[str, float]] = []
         top1, distributions = [], []
-        for index, logits in _logits(subject.module, windows[rows], first):
+        for index, logits in _logits(engine, windows[rows], first, vocabulary):
             window = windows[rows][index]
             log_probabilities = logits[kept].log_softmax(-1)
             row = _score(subject, window, logits, first)
@@ -200,12 +200,11 @@ def _spread(windows: Tensor, count: int) -> Tensor:
 
 
 @torch.inference_mode()
-def _logits(module: nn.Module, windows: Tensor, first: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield for each window its number and the float32 logits (t, v) that predict its tokens from ``first`` on."""
-    vocabulary: int = module.config.vocab_size  # type: ignore[union-attr,assignment]
+def _logits(engine: Any, windows: Tensor, first: int, vocabulary: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield for each window its number and the float32 logits (t, v) that predict its tokens from ``first`` on, as the engine sees it."""
     together = max(1, min(8, _LOGIT_BYTES // (4 * windows.shape[1] * vocabulary)))
     for start in range(0, len(windows), together):
-        batch = module(input_ids=windows[start : start + together], use_cache=False).logits
+        batch = engine.score(windows[start : start + together])
         for offset, logits in enumerate(batch):
             yield start + offset, logits[first - 1 : -1].float()
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from optkit.transforms.quantize.int4 import Int4 as Int4
     from optkit.transforms.quantize.int8 import Int8 as Int8
     from optkit.transforms.runtime.compile import Compile as Compile
+    from optkit.transforms.runtime.kv_cache import KvCache as KvCache
 
 TRANSFORMS: Registry[Transform] = Registry(
     "transform",
@@ -26,6 +27,7 @@ TRANSFORMS: Registry[Transform] = Registry(
         "int8": "optkit.transforms.quantize.int8:Int8",
         "int4": "optkit.transforms.quantize.int4:Int4",
         "compile": "optkit.transforms.runtime.compile:Compile",
+        "kv_cache": "optkit.transforms.runtime.kv_cache:KvCache",
         "data_parallel": "optkit.transforms.parallel.data_parallel:DataParallel",
     },
 )
@@ -39,6 +41,7 @@ __all__ = [
     "Dtype",
     "Int4",
     "Int8",
+    "KvCache",
     "Magnitude",
     "Plan",
     "Stage",

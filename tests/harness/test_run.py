@@ -23,7 +23,15 @@ from optkit.models.sources import open_model
 from optkit.recipe.reading import load_recipe, recipe_from_dict
 from optkit.transforms import Int8
 
-TIMES = {"ttft_ms", "tpot_ms", "itl_p50_ms", "itl_p90_ms", "itl_p99_ms", "tokens_per_second"}
+TIMES = {
+    "ttft_ms",
+    "tpot_ms",
+    "itl_p50_ms",
+    "itl_p90_ms",
+    "itl_p99_ms",
+    "tokens_per_second",
+    "cache_bytes",
+}  # of each batch size
 QUALITY = {"perplexity", "bits_per_byte", "token_accuracy"}
 FIDELITY = {"kl_divergence", "top1_agreement", "greedy_match"}
 COUNTED = {"peak_memory_bytes", "artefact_bytes", "weight_bytes_per_token"}
@@ -154,7 +162,7 @@ def test_random_weights_are_timed_but_not_judged_and_each_batch_size_has_its_nam
 
 def test_two_ranks_answer_like_one_and_are_measured_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_recipe: Any) -> None:
     monkeypatch.setattr(stages, "_REFERENCES", ())
-    latency = {"prompt_tokens": 8, "new_tokens": 10, "seconds": 0.5, "batch_sizes": [1, 2]}
+    latency = {"prompt_tokens": 8, "new_tokens": 10, "seconds": 0.5, "batch_sizes": [2, 1]}  # then one rank has none of its own
     report = optkit.run(
         tiny_recipe(transforms=[{"data_parallel": {"size": 2}}], measure={"latency": latency, "memory": {}, "quality": {}}), out=tmp_path
     )
@@ -164,11 +172,28 @@ def test_two_ranks_answer_like_one_and_are_measured_together(tmp_path: Path, mon
     assert after.metrics["top1_agreement"].value == 1
     assert after.metrics["perplexity"].samples == pytest.approx(before.metrics["perplexity"].samples, rel=1e-5)
     assert after.metrics.keys() >= TIMES | {f"{name}@2" for name in TIMES} | COUNTED
+    assert all(after.metrics[name].value == before.metrics[name].value for name in ("cache_bytes", "cache_bytes@2"))
     assert after.metrics["peak_memory_bytes"].detail["ranks"] == 2
     one, two = (arm.metrics["peak_memory_bytes"].value for arm in (before, after))
     assert one is not None
     assert two is not None
     assert 1.5 * one < two < 3 * one
+
+
+def test_a_quantized_cache_is_counted_at_the_end_of_a_request_and_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_recipe: Any
+) -> None:
+    monkeypatch.setattr(stages, "_REFERENCES", ())
+    report = optkit.run(tiny_recipe(transforms=[{"kv_cache": {"bits": 4}}], limits={"cache_bytes": 0.2, "perplexity": 1.1}), out=tmp_path)
+    before, after = report.arms["baseline"].metrics, report.arms["optimized"].metrics
+    vectors = 2 * 3 * 2 * (8 + 10 - 1)  # keys and values, layers, heads, positions, of 16 channels each
+    assert before["cache_bytes"].value == vectors * 16 * 4
+    assert after["cache_bytes"].value == vectors * (16 / 2 + 2 * 2)
+    assert after["cache_bytes"].detail == {"positions": 17, "bytes_per_position": 2 * 3 * 2 * 12}
+    assert after["perplexity"].value != before["perplexity"].value
+    assert after["artefact_bytes"].value == pytest.approx(before["artefact_bytes"].value, rel=0.01)
+    assert any("kept in 4 bits" in note for note in report.arms["optimized"].notes)
+    assert report.held
 
 
 def test_a_workload_from_python_is_measured_item_by_item(tmp_path: Path) -> None:

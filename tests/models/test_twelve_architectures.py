@@ -14,9 +14,10 @@ import optkit
 from optkit.core.errors import OptkitError, TransformError
 from optkit.core.subject import Subject
 from optkit.core.targets import Targets
+from optkit.engines import EagerEngine, KvCacheEngine
 from optkit.kernels.packed import PackedLinear
 from optkit.models.sources import outline_model
-from optkit.transforms import DropLayers, Dtype, Int4, Int8, Magnitude, Plan, Transform
+from optkit.transforms import DropLayers, Dtype, Int4, Int8, KvCache, Magnitude, Plan, Transform
 
 VOCABULARY = 96
 LAYERS = 3
@@ -153,6 +154,20 @@ def test_a_refused_cell_works_with_the_remedy_that_its_message_names(
     remedied = TRANSFORMS[transform].model_copy(update={"targets": REMEDY[name]})
     again, _ = check_whole_way(remedied, name, tmp_path / "saved", logits)
     check_greedy(again, ids, greedy)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_generates_from_a_quantized_cache(name: str, ids: Tensor) -> None:
+    with torch.device("meta"):
+        KvCache(bits=4).check(Plan(Subject(build(name), name)))
+    module = build(name)
+    plain, recent, rounded = EagerEngine(module), KvCacheEngine(module, bits=4, keep_recent=32), KvCacheEngine(module, bits=8)
+    expected, equal, near = (
+        torch.stack([engine.prefill(ids), *(engine.step(column) for column in ids.T)]) for engine in (plain, recent, rounded)
+    )
+    assert torch.equal(equal, expected)  # and so the cache is the model's own, windows included
+    assert 0 < (near - expected).norm() < 0.05 * expected.norm()
+    assert rounded.cache_bytes() < 0.4 * plain.cache_bytes()
 
 
 def test_the_table_has_twelve_rows_and_five_columns_and_few_refusals() -> None:

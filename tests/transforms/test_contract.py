@@ -27,12 +27,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "int8": {},
     "int4": {},
     "compile": {},
+    "kv_cache": {},
     "data_parallel": {"size": 2},
 }
 NOT_FOR_BARE_MODULES = {
     "drop_layers": "no list of repeated blocks",
     "data_parallel": "a bare module has no place",
     "compile": "a bare module has none",
+    "kv_cache": "a bare module has none",
 }
 COMPOSITION = ["drop_layers", "magnitude", "int4"]
 NAMES = sorted(TRANSFORMS)

@@ -26,9 +26,11 @@ class Compile(Transform):
     )
 
     def check(self, plan: Plan) -> None:
-        """Refuse the native step where it does not know the model, and a second compile."""
+        """Refuse the native step where it does not know the model, a second compile, and a quantized cache."""
         if any(step.name == self.step().name for step in plan.subject.history):
             raise TransformError("the model is compiled already; name compile once")
+        if any(step.name == "kv_cache" for step in plan.subject.history):
+            raise TransformError("compiled steps keep their own cache of floats, and kv_cache stands before; leave out compile or kv_cache")
         reason = refusal(plan.subject.module) if self.backend == "native" else None
         if reason is not None:
             raise TransformError(f"the native step cannot run this model: {reason}; use backend: inductor")

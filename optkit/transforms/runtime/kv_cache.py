@@ -1,0 +1,64 @@
+"""Keys and values of past positions kept in 8 or 4 bits. Long texts and large batches take less memory; attention itself is no faster.
+
+Sources: KIVI (arXiv 2402.02750) and KVQuant (arXiv 2401.18079). Of both only what a stream of single tokens allows is taken: scales
+for each position, head and group of channels. The numbers are in ``optkit.kernels.kv``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, overload
+
+from pydantic import Field
+from torch import nn
+
+from optkit.core.errors import TransformError
+from optkit.core.subject import Calibration, Subject
+from optkit.engines.kv_cache import refusal
+from optkit.transforms.contract import Plan, Stage, Transform
+
+
+class KvCache(Transform):
+    """Generate from a cache of packed keys and values, and be judged by it. Saved weights stay as they are: a plain loader ignores it."""
+
+    stage: ClassVar[Stage] = Stage.RUNTIME
+    opens_in: ClassVar[Literal["transformers", "optkit"]] = "transformers"
+    bits: Literal[8, 4] = Field(default=8, description="bits of a number")
+    group_size: Annotated[int, Field(ge=2, le=65_536)] | None = Field(
+        default=None, description="channels that share a scale; default: all of a head"
+    )
+    keep_recent: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        default=0, description="most recent positions that are kept in full precision"
+    )
+
+    def check(self, plan: Plan) -> None:
+        """Refuse models whose past is not keys and values, groups that do not divide a head, compiled steps, and a second cache."""
+        history = {step.name for step in plan.subject.history}
+        if plan.subject.kind != "causal-lm":
+            raise TransformError("the model does not generate, so it keeps no keys and values; leave kv_cache out")
+        if "compile" in history:
+            raise TransformError("compiled steps keep their own cache of floats, and compile stands before; leave out compile or kv_cache")
+        if self.step().name in history:
+            raise TransformError("the cache is quantized already; name kv_cache once")
+        reason = refusal(plan.subject.module, self.bits, self.group_size)
+        if reason is not None:
+            raise TransformError(reason)
+
+    @overload
+    def apply(self, model: Subject, data: Calibration | None = None) -> Subject: ...
+    @overload
+    def apply(self, model: nn.Module, data: Calibration | None = None) -> nn.Module: ...
+    def apply(self, model: Subject | nn.Module, data: Calibration | None = None) -> Subject | nn.Module:
+        """Return the subject, to be executed with another cache.
+
+        Raises:
+            TransformError: the model is a bare module, which says nothing of how it is executed.
+        """
+        if isinstance(model, nn.Module):
+            raise TransformError(
+                "kv_cache chooses the cache of a subject, and a bare module has none; generate with optkit.engines.KvCacheEngine"
+            )
+        return super().apply(model, data)
+
+    def change(self, module: nn.Module, data: Calibration | None) -> nn.Module:
+        """Return the module as it is."""
+        return module
