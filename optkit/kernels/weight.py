@@ -26,9 +26,9 @@ class PackedWeight(Tensor):
     layer: PackedLinear
 
     @staticmethod
-    def __new__(cls, layer: PackedLinear) -> PackedWeight:  # noqa: D102 - PyTorch makes such tensors here
+    def __new__(cls: type[PackedWeight], layer: PackedLinear) -> PackedWeight:  # noqa: D102 - PyTorch makes such tensors here
         held = next((buffer for buffer in layer.owner.buffers() if buffer is not None), None)
-        weight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        weight = Tensor._make_wrapper_subclass(
             cls, (layer.out_features, layer.in_features), dtype=layer.compute_dtype, device=None if held is None else held.device
         )
         weight.layer = layer
@@ -40,7 +40,9 @@ class PackedWeight(Tensor):
         return self.layer.dequantize(self.layer.compute_dtype)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         """Answer what needs no values, and do everything else with the values."""
         told = getattr(getattr(func, "__self__", None), "__name__", "") if getattr(func, "__name__", "") == "__get__" else ""
         if told in _WITHOUT_VALUES or func in _WITHOUT_VALUES_TOO:
@@ -49,7 +51,9 @@ class PackedWeight(Tensor):
         return func(*_dense(args), **_dense(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         """Serve operators that are called past the above."""
         return func(*_dense(args), **_dense(kwargs or {}))
 

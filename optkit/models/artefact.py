@@ -52,6 +52,7 @@ class _Structure(BaseModel, strict=True, extra="allow"):
     replicas: Annotated[int, Field(ge=1)]
     history: list[_Step]
     layers: dict[str, _Layer]
+    lists: dict[str, Annotated[int, Field(ge=0)]] = {}
 
 
 def save(model: nn.Module | Subject, folder: str | Path) -> None:
@@ -177,6 +178,7 @@ def _structure(subject: Subject) -> dict[str, Any]:
         "execution": subject.execution,
         "history": [asdict(step) for step in subject.history],
         "layers": layers,
+        "lists": {name: len(layer) for name, layer in subject.module.named_modules() if isinstance(layer, nn.ModuleList)},
     }
 
 
@@ -195,7 +197,7 @@ def _read_structure(content: Any, folder: Path) -> dict[str, Any]:
 
 def _skeleton(folder: Path, structure: dict[str, Any], into: nn.Module | None) -> nn.Module:
     if into is not None:
-        return into
+        return _shortened(into, structure.get("lists", {}))
     config = read_config(folder) if structure["pretrained"] else None
     kind = named_class(structure["class"], config)
     if kind is None:
@@ -209,6 +211,14 @@ def _skeleton(folder: Path, structure: dict[str, Any], into: nn.Module | None) -
         module = build(kind, config)
     if (folder / "generation_config.json").exists():
         module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return module
+
+
+def _shortened(module: nn.Module, lengths: dict[str, int]) -> nn.Module:
+    """Cut lists of blocks to the length that was saved: a fresh module still has the blocks that were dropped."""
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, nn.ModuleList) and len(layer) > lengths.get(name, len(layer)):
+            del layer[lengths[name] :]
     return module
 
 

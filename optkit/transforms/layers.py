@@ -126,11 +126,12 @@ def refuse_hidden_weights(module: nn.Module, excluded: tuple[str, ...], doing: s
         )
 
 
-def blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the name and the list of the model's repeated blocks, its depth.
+def blocks(module: nn.Module, stack: str | None = None) -> tuple[str, nn.ModuleList]:
+    """Return the name and the list of the model's repeated blocks, its depth; ``stack`` names one of several.
 
     Raises:
-        TransformError: there is no list of at least two blocks of one class, or more than one such list is equally long.
+        TransformError: there is no list of at least two blocks of one class, or more than one such list is equally long and none
+            is named.
     """
     lists = {
         name: layer
@@ -140,10 +141,16 @@ def blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
     outer = {name: layer for name, layer in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
     if not outer:
         raise TransformError(f"{type(module).__name__} has no list of repeated blocks")
+    if stack is not None:
+        if stack not in outer:
+            raise TransformError(f"stack {stack!r} is no list of repeated blocks; there are: {', '.join(outer)}")
+        return stack, outer[stack]
     depth = max(len(layer) for layer in outer.values())
     longest = [name for name, layer in outer.items() if len(layer) == depth]
     if len(longest) > 1:
-        raise TransformError(f"{type(module).__name__} has several lists of {depth} blocks: {', '.join(longest)}")
+        raise TransformError(
+            f"{type(module).__name__} has several lists of {depth} blocks: {', '.join(longest)}; name one: stack: {longest[0]}"
+        )
     return longest[0], outer[longest[0]]
 
 
