@@ -51,7 +51,7 @@ class PackedWeight(Tensor):
         return func(*_dense(args), **_dense(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Serve operators that are called past the above."""

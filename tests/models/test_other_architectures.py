@@ -71,15 +71,19 @@ TRANSFORMS: dict[str, Transform] = {
 CELLS = [(model, transform) for model in ARCHITECTURES for transform in TRANSFORMS]
 ATTENTION = r"cannot reach 3 layers .*MultiheadAttention.*exclude: \['\*.self_attn'\]"
 WITHOUT_ATTENTION = {"targets": Targets(exclude=("*.self_attn",))}
+WITHOUT_RECURRENT = {"targets": Targets(exclude=("recurrent",))}
 REFUSED: dict[tuple[str, str], tuple[str, dict[str, Any] | None]] = {
-    ("T5ForConditionalGeneration", "drop_layers"): (r"encoder.block, decoder.block; name one: stack: encoder.block", {"stack": "encoder.block"}),
+    ("T5ForConditionalGeneration", "drop_layers"): (
+        r"several lists of 3 blocks: encoder.block, decoder.block; name one: stack: encoder.block",
+        {"stack": "encoder.block"},
+    ),
     ("BartForConditionalGeneration", "drop_layers"): (
         r"several lists of 3 blocks: model.encoder.layers, .*stack: model.encoder.layers",
         {"stack": "model.encoder.layers"},
     ),
     **{("TransformerClassifier", one): (ATTENTION, WITHOUT_ATTENTION) for one in ("int8", "int4", "magnitude")},
     **{
-        (f"{name}Classifier", one): (rf"cannot reach 1 layers .*recurrent \({kind}.*exclude: \['recurrent'\]", {"targets": Targets(exclude=("recurrent",))})
+        (f"{name}Classifier", one): (rf"cannot reach 1 layers .*recurrent \({kind}.*exclude: \['recurrent'\]", WITHOUT_RECURRENT)
         for name, kind in (("LSTM", "LSTM"), ("BidirectionalLSTM", "LSTM"), ("GRU", "GRU"))
         for one in ("int4", "magnitude")
     },
