@@ -88,7 +88,7 @@ def test_the_kernels_give_the_same_within_their_rounding(backend: str, kind: str
     with torch.no_grad():
         for found, expected in zip(flat(layer(x)), flat(exact(x.double())), strict=True):
             assert found.dtype == dtype
-            limit = 1e-5 if dtype is torch.float32 and not backend.endswith("amx") else 2e-2
+            limit = 1e-5 if dtype is torch.float32 and backend == "torch" else 2e-2  # many rows at once may be rounded to bfloat16
             torch.testing.assert_close(found.double(), expected, rtol=0, atol=limit)
 
 
