@@ -154,7 +154,9 @@ def _join(rank: int, ranks: int, meeting: str) -> Group:
 
 
 def _load(folder: str, workload: str | None) -> Subject:
-    return artefact.load(folder, None if workload is None else build_workload(workload)[0])
+    if workload is None or artefact.opens_alone(folder):  # a layer less, and the workload's own module would no longer fit
+        return artefact.load(folder)
+    return artefact.load(folder, build_workload(workload)[0])
 
 
 def _digest_of_weights(folder: Path) -> str:

@@ -18,14 +18,17 @@ def task_for(recipe: Recipe, kind: Kind, workload: str | None = None) -> Task:
     """Return the task of the workload, of the recipe, or the usual one for this kind of model.
 
     Raises:
-        OptkitError: there is no usual one.
+        OptkitError: there is no usual one, or the recipe's is for models that generate and this one does not.
     """
     if workload is not None:
         return build_workload(workload)[1]
+    own = "bring a task of your own from Python: optkit.run(recipe, workload='module:function')"
+    if kind not in _DEFAULTS and isinstance(recipe.task, TASKS[_DEFAULTS["causal-lm"]]):
+        raise OptkitError(f"language-modeling is for models that generate, and this one only runs forward; {own}")
     if recipe.task is not None:
         return recipe.task
     if kind not in _DEFAULTS:
-        raise OptkitError(f"a model of kind {kind!r} has no usual task; name one: task: {{...}}; known: {', '.join(TASKS)}")
+        raise OptkitError(f"a model that does not generate has no usual task; {own}")
     return TASKS[_DEFAULTS[kind]]()
 
 

@@ -14,6 +14,8 @@ LAYERS: Registry[nn.Module] = Registry(
     {
         "int8_linear": "optkit.kernels.int8:Int8Linear",
         "int8_embedding": "optkit.kernels.int8:Int8Embedding",
+        "int8_lstm": "optkit.kernels.lstm:Int8LSTM",
+        "int8_gru": "optkit.kernels.gru:Int8GRU",
         "int4_linear": "optkit.kernels.int4:Int4Linear",
         "w8a8_linear": "optkit.kernels.w8a8:W8A8Linear",
     },

@@ -118,32 +118,41 @@ class Int8Linear(_Rows, PackedLinear):
 
 
 class Int8Embedding(_Rows, nn.Embedding):
-    """An embedding with int8 rows; a look-up dequantizes the rows it needs, into ``compute_dtype``."""
+    """An embedding with int8 rows; a look-up dequantizes the rows it needs, into ``compute_dtype``.
 
-    def __init__(self, tensors: tuple[Tensor, ...], padding_idx: int | None, compute_dtype: torch.dtype) -> None:
+    ``multiplier`` scales what a look-up returns, as the embeddings of Gemma and BART do; ``weight`` and a tied head are without it.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...], padding_idx: int | None, compute_dtype: torch.dtype, multiplier: float = 1.0) -> None:
         super().__init__(tensors, compute_dtype)
         self.num_embeddings, self.embedding_dim = tensors[0].shape
         self.padding_idx = padding_idx
+        self.multiplier = multiplier
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding) -> Self:
-        """Return the packed form of a plain embedding.
+    def from_embedding(cls, embedding: nn.Embedding, multiplier: float | None = None) -> Self:
+        """Return the packed form of a plain embedding, or of one whose forward is a look-up times ``multiplier``.
 
         Raises:
-            TransformError: it has a forward of its own, renormalizes rows (``max_norm``), or holds NaN or infinity.
+            TransformError: it has a forward of its own and no multiplier is given, renormalizes rows (``max_norm``), or holds NaN or
+                infinity.
         """
-        refuse_override(embedding, nn.Embedding)
+        if multiplier is None:
+            refuse_override(embedding, nn.Embedding)
         if embedding.max_norm is not None:
             raise TransformError("an embedding with max_norm changes its rows as it reads them and cannot be packed; exclude this layer")
         weight = embedding.weight.detach()
-        return cls(quantize_rows(weight), embedding.padding_idx, weight.dtype).train(embedding.training)
+        packed = cls(quantize_rows(weight), embedding.padding_idx, weight.dtype, 1.0 if multiplier is None else multiplier)
+        return packed.train(embedding.training)
 
     @classmethod
-    def empty(cls, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, dtype: str = "float32") -> Self:
+    def empty(
+        cls, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, dtype: str = "float32", multiplier: float = 1.0
+    ) -> Self:
         """Return an embedding of zeros, to load a state into."""
         tensors = (torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8), torch.zeros(num_embeddings))
-        return cls(tensors, padding_idx, dtype_named(dtype))
+        return cls(tensors, padding_idx, dtype_named(dtype), multiplier)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -158,10 +167,11 @@ class Int8Embedding(_Rows, nn.Embedding):
     def layout(self) -> dict[str, Any]:
         """Return the arguments of ``empty``."""
         dtype = str(self.compute_dtype).removeprefix("torch.")
-        return {"num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim, "padding_idx": self.padding_idx, "dtype": dtype}
+        sizes = {"num_embeddings": self.num_embeddings, "embedding_dim": self.embedding_dim, "padding_idx": self.padding_idx}
+        return {**sizes, "dtype": dtype, "multiplier": self.multiplier}
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the rows (..., embedding_dim) that whole numbers (...) name.
+        """Return the rows (..., embedding_dim) that whole numbers (...) name, times the multiplier.
 
         Raises:
             IndexError: a number is negative, or not less than ``num_embeddings``.
@@ -174,7 +184,7 @@ class Int8Embedding(_Rows, nn.Embedding):
         status = plan.native.gather(plan.address, ids.data_ptr(), output.data_ptr(), ids.numel(), HALF[self.compute_dtype])
         if status:
             raise IndexError(f"an index is out of range: the embedding has {self.num_embeddings} rows")
-        return output
+        return output if self.multiplier == 1 else output.mul_(self.multiplier)
 
     def _forward_torch(self, input: Tensor) -> Tensor:
         scale = functional.embedding(input, self.scale[:, None])
@@ -183,7 +193,8 @@ class Int8Embedding(_Rows, nn.Embedding):
         else:
             rows = self.kernel[input // LANES, :, input % LANES][..., : self.embedding_dim]
         wide = torch.promote_types(self.compute_dtype, torch.float32)
-        return (rows.to(wide) * scale.to(wide)).to(self.compute_dtype)
+        found = (rows.to(wide) * scale.to(wide)).to(self.compute_dtype)
+        return found if self.multiplier == 1 else found * self.multiplier
 
     def _sizes(self) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim

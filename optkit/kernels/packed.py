@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from optkit.kernels.native import LayerStruct, Native, native
 from optkit.kernels.ops import HALF, has_native_operator, multiply, packed_linear, struct_of
+from optkit.kernels.weight import PackedWeight
 
 _PACKING = threading.Lock()
 _traced_natively = False  # read while tracing, when nothing can be compiled any more
@@ -158,8 +159,8 @@ class PackedLinear(PackedLayer, nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dequantized weight (out_features, in_features) in ``compute_dtype``: a new tensor at every access, and it cannot be set."""
-        return self.dequantize(self.compute_dtype)
+        """The weight (out_features, in_features) in ``compute_dtype``, dequantized when its values are asked for; it cannot be set."""
+        return self.dequantize(self.compute_dtype) if is_compiling() else PackedWeight(self)
 
     @property
     def owner(self) -> PackedLayer:
@@ -174,6 +175,10 @@ class PackedLinear(PackedLayer, nn.Linear):
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the saved tensors in the portable layout; those of the embedding where this layer is tied."""
         return self._owner[0].tensors() if self._owner else super().tensors()
+
+    def in_kernels(self, input: Tensor) -> bool:
+        """Say whether the kernels take inputs like this one; their layout is made where it is not there yet."""
+        return is_compiling() or (_plain(input) and self.owner.prepare())
 
     def forward(self, input: Tensor) -> Tensor:
         """Return x W^T + b for an input (..., in_features), in its dtype.

@@ -17,7 +17,8 @@ from optkit.core import files
 from optkit.core.errors import ArtefactError, ModelError
 from optkit.core.subject import Execution, Kind, Step, Subject
 from optkit.kernels import LAYERS
-from optkit.models.huggingface import outline as outline_pretrained
+from optkit.models.architectures import build, is_public, named_class
+from optkit.models.architectures import kind_of as kind_of
 from optkit.models.huggingface import read_config
 
 MANIFEST = "optkit.json"
@@ -29,7 +30,7 @@ _PLAIN_NAME, _PACKED_NAME = "model{suffix}.safetensors", "packed{suffix}.safeten
 
 class _Layer(BaseModel, strict=True):
     layer: str
-    layout: dict[str, int | bool | str | None]
+    layout: dict[str, int | float | bool | str | None]
     tied_to: str | None
 
 
@@ -51,14 +52,15 @@ class _Structure(BaseModel, strict=True, extra="allow"):
     replicas: Annotated[int, Field(ge=1)]
     history: list[_Step]
     layers: dict[str, _Layer]
+    lists: dict[str, Annotated[int, Field(ge=0)]] = {}
 
 
 def save(model: nn.Module | Subject, folder: str | Path) -> None:
     """Save a model so that ``load`` opens it in another process with equal outputs.
 
     Args:
-        model: a subject, or a bare module. A transformers model is saved with its configuration; any other module by its weights
-            alone, and ``load`` then needs a fresh module of the same class.
+        model: a subject, or a bare module. A model of one of transformers' own classes is saved with its configuration; any other
+            module by its weights alone, and ``load`` then needs a fresh module of the same class.
         folder: must not exist yet, or be empty.
 
     Raises:
@@ -69,6 +71,8 @@ def save(model: nn.Module | Subject, folder: str | Path) -> None:
     subject = model if isinstance(model, Subject) else Subject(module=model, source=type(model).__name__, kind=kind_of(model))
     with files.build_folder(Path(folder), MANIFEST) as aside:
         module = subject.module
+        if is_public(module):
+            module.config.architectures = [type(module).__name__]  # type: ignore[union-attr]
         if is_pretrained(module):
             module.config.save_pretrained(aside)  # type: ignore[operator,union-attr]
             generation = getattr(module, "generation_config", None)
@@ -86,7 +90,7 @@ def load(folder: str | Path, into: nn.Module | None = None) -> Subject:
 
     Args:
         folder: the artefact.
-        into: for an artefact that was no transformers model: a fresh module of the class that was saved, which is used up.
+        into: for an artefact of a class that is not transformers' own: a fresh module of that class, which is used up.
 
     Raises:
         ArtefactError: the artefact is incomplete, changed or of a newer version.
@@ -104,15 +108,16 @@ def outline(folder: str | Path) -> Subject:
     """Open an artefact's shapes on the meta device; no weight is read."""
     folder = Path(folder)
     structure = _read_structure(files.read_json(folder / MANIFEST), folder)
-    subject = outline_pretrained(folder, structure["source"])
     with torch.device("meta"):
-        module = _insert_layers(subject.module, structure["layers"])
-    return _subject(folder, module, structure, None)
+        module = _insert_layers(_skeleton(folder, structure, None), structure["layers"])
+        _tie_dense(module)
+    return _subject(folder, module.eval(), structure, None)
 
 
-def kind_of(module: nn.Module) -> Any:
-    """Return which engine a module needs."""
-    return "causal-lm" if is_pretrained(module) and module.can_generate() else "module"  # type: ignore[operator]
+def opens_alone(folder: str | Path) -> bool:
+    """Say whether ``load`` can make the module of an artefact itself, without ``into``."""
+    folder = Path(folder)
+    return bool(_read_structure(files.read_json(folder / MANIFEST), folder)["pretrained"])
 
 
 def is_pretrained(module: nn.Module) -> bool:
@@ -128,7 +133,10 @@ def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the module's state without tensors that are another's twin (tied weights keep their first name)."""
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     kept = {}
+    aliases = tuple(f"{name}." for name in _aliases(module))
     for name, tensor in module.state_dict(keep_vars=True).items():
+        if name.startswith(aliases):
+            continue
         # On the meta device every address is zero, and only the objects tell the tensors apart.
         key = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape, tensor.stride())
         if not tensor.numel() or key not in seen:
@@ -137,30 +145,40 @@ def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
     return kept
 
 
+def _aliases(module: nn.Module) -> dict[str, str]:
+    """Return the further names of layers that stand in several places, with their first names."""
+    first = {id(layer): name for name, layer in module.named_modules()}
+    return {name: first[id(layer)] for name, layer in module.named_modules(remove_duplicate=False) if first[id(layer)] != name}
+
+
 def _structure(subject: Subject) -> dict[str, Any]:
-    layers = {}
+    layers: dict[str, Any] = {}
     names = {id(layer): name for name, layer in subject.module.named_modules()}
     words = {kind: word for word in LAYERS for kind in [LAYERS[word]]}
     for name, layer in subject.module.named_modules():
-        if type(layer) in words:
+        if type(layer) in words and name.rpartition(".")[0] not in layers:  # what a packed layer is made of comes with it
             partner = getattr(layer, "tied", None)
             layers[name] = {
                 "layer": words[type(layer)],
                 "layout": layer.layout(),
                 "tied_to": names[id(partner)] if partner is not None else None,
             }
+    for name, first in _aliases(subject.module).items():
+        if first in layers:
+            layers[name] = layers[first] | {"tied_to": first}
     return {
         "schema": _SCHEMA,
         "source": subject.source,
         "kind": subject.kind,
         "class": type(subject.module).__name__,
-        "pretrained": is_pretrained(subject.module),
+        "pretrained": is_public(subject.module),
         "trained": subject.trained,
         "replicas": subject.replicas,
         "opens_in": subject.opens_in,
         "execution": subject.execution,
         "history": [asdict(step) for step in subject.history],
         "layers": layers,
+        "lists": {name: len(layer) for name, layer in subject.module.named_modules() if isinstance(layer, nn.ModuleList)},
     }
 
 
@@ -179,19 +197,28 @@ def _read_structure(content: Any, folder: Path) -> dict[str, Any]:
 
 def _skeleton(folder: Path, structure: dict[str, Any], into: nn.Module | None) -> nn.Module:
     if into is not None:
-        return into
-    if not structure["pretrained"] or structure["kind"] != "causal-lm":
+        return _shortened(into, structure.get("lists", {}))
+    config = read_config(folder) if structure["pretrained"] else None
+    kind = named_class(structure["class"], config)
+    if kind is None:
         raise ModelError(
             f"{folder} holds the weights of a {structure['class']}; give a fresh one: load(folder, into={structure['class']}(...))"
         )
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
     from transformers.initialization import no_init_weights
 
-    config = read_config(folder)
     with no_init_weights():
-        module: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        module = build(kind, config)
     if (folder / "generation_config.json").exists():
         module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return module
+
+
+def _shortened(module: nn.Module, lengths: dict[str, int]) -> nn.Module:
+    """Cut lists of blocks to the length that was saved: a fresh module still has the blocks that were dropped."""
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, nn.ModuleList) and len(layer) > lengths.get(name, len(layer)):
+            del layer[lengths[name] :]
     return module
 
 
@@ -206,11 +233,13 @@ def _insert_layers(module: nn.Module, layers: dict[str, Any]) -> nn.Module:
 
 def _insert(module: nn.Module, name: str, entry: dict[str, Any]) -> nn.Module:
     kind: Any = LAYERS[entry["layer"]]
-    if entry["tied_to"] is not None:
-        bias = torch.empty(entry["layout"]["out_features"]) if entry["layout"]["bias"] else None
-        layer: nn.Module = kind.tied_to(module.get_submodule(entry["tied_to"]), bias)
+    owner = module.get_submodule(entry["tied_to"]) if entry["tied_to"] is not None else None
+    if owner is None:
+        layer: nn.Module = kind.empty(**entry["layout"])
+    elif type(owner) is kind:
+        layer = owner  # one layer in several places
     else:
-        layer = kind.empty(**entry["layout"])
+        layer = kind.tied_to(owner, torch.empty(entry["layout"]["out_features"]) if entry["layout"]["bias"] else None)
     if not name:
         return layer
     parent, _, attribute = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Opens causal language models in Hugging Face format: safetensors only, remote code only where the command line allows it."""
+"""Opens models in Hugging Face format: safetensors only, remote code only where the command line allows it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 from optkit.core import files
 from optkit.core.errors import MissingError, ModelError
 from optkit.core.subject import Subject
+from optkit.models.architectures import build, class_of, kind_of
 
 # Keys by which a configuration can name code to run; refused wherever they stand, at any depth.
 _CODE_KEYS = {"auto_map", "custom_pipelines"}
@@ -23,23 +24,22 @@ def open_pretrained(place: Path | str, source: str, trust_remote_code: bool = Fa
     """Open a model with its tokenizer in the dtype it is stored in.
 
     Raises:
-        ModelError: something is missing, damaged or not a causal language model.
+        ModelError: something is missing or damaged, or transformers has no class for it.
         MissingError: a Hub name was given and the Hub cannot be reached.
     """
-    from transformers import AutoModelForCausalLM
-
     config = read_config(place, trust_remote_code)
     if isinstance(place, Path) and not list(place.glob("*.safetensors")):
         raise ModelError(_no_weights(place))
     if isinstance(place, Path):
         _refuse_foreign_shards(place)
+    opener, allowed = _opener(config, place, trust_remote_code)
     try:
-        module, info = AutoModelForCausalLM.from_pretrained(
+        module, info = opener.from_pretrained(
             place,
             config=config,
             dtype="auto",
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+            **allowed,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             low_cpu_mem_usage=True,
@@ -48,21 +48,30 @@ def open_pretrained(place: Path | str, source: str, trust_remote_code: bool = Fa
     except Exception as error:  # every library below raises its own kinds for damaged input
         raise ModelError(f"model {str(place)!r} cannot be opened: {_first_line(error)}") from error
     _refuse_holes(place, module, info)
+    _refuse_lost_head(place, module, info)
     refuse_not_finite(module, str(place))
-    return Subject(module=module.eval(), source=source, tokenizer=_tokenizer(place))
+    return Subject(module=module.eval(), source=source, kind=kind_of(module), tokenizer=_tokenizer(place))
 
 
 def outline(place: Path | str, source: str, trust_remote_code: bool = False) -> Subject:
     """Open a model's shapes on the meta device."""
-    from transformers import AutoModelForCausalLM
-
     config = read_config(place, trust_remote_code)
+    opener, allowed = _opener(config, place, trust_remote_code)
     try:
         with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            module = opener.from_config(config, **allowed) if allowed else build(opener, config)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(f"model {str(place)!r} is no causal language model that transformers can build: {_first_line(error)}") from error
-    return Subject(module=module.eval(), source=source, tokenizer=None)
+        raise ModelError(f"model {str(place)!r} is none that transformers can build: {_first_line(error)}") from error
+    return Subject(module=module.eval(), source=source, kind=kind_of(module), tokenizer=None)
+
+
+def _opener(config: Any, place: Path | str, trust_remote_code: bool) -> tuple[Any, dict[str, bool]]:
+    """Return the class that opens a model, and what it must be told of remote code."""
+    from transformers import AutoModelForCausalLM
+
+    own_code = trust_remote_code and getattr(config, "auto_map", None)
+    opener = AutoModelForCausalLM if own_code else class_of(config, str(place))
+    return opener, {"trust_remote_code": trust_remote_code} if opener is AutoModelForCausalLM else {}
 
 
 def refuse_not_finite(module: nn.Module, place: str) -> None:
@@ -82,10 +91,10 @@ def refuse_not_finite(module: nn.Module, place: str) -> None:
 
 
 def read_config(place: Path | str, trust_remote_code: bool = False) -> Any:
-    """Return the configuration of a causal language model.
+    """Return the configuration of a model.
 
     Raises:
-        ModelError: it is missing or damaged, names code to run, or belongs to another kind of model.
+        ModelError: it is missing or damaged, names code to run, or belongs to a model that is quantized already.
         MissingError: a Hub name was given and the Hub cannot be reached.
     """
     from transformers import AutoConfig
@@ -106,18 +115,7 @@ def read_config(place: Path | str, trust_remote_code: bool = False) -> Any:
     _refuse_code(config.to_dict(), str(place), trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"model {str(place)!r} is quantized already (quantization_config in config.json); give the unquantized model")
-    _refuse_encoder(config, str(place))
     return config
-
-
-def _refuse_encoder(config: Any, place: str) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-
-    # transformers opens these as causal models too, with weights that were trained to look both ways
-    if getattr(config, "is_encoder_decoder", False) or (
-        type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    ):
-        raise ModelError(f"model {place!r} is no causal language model: {config.model_type!r} is an encoder, or has one")
 
 
 def _refuse_code(value: Any, place: str, trusted: bool, path: str = "config.json") -> None:
@@ -141,6 +139,15 @@ def _refuse_holes(place: Path | str, module: nn.Module, info: dict[str, Any]) ->
         )
     if shapes:
         raise ModelError(f"model {str(place)!r} has {len(shapes)} tensors of another shape than its config.json says, such as {shapes[0]}")
+
+
+def _refuse_lost_head(place: Path | str, module: nn.Module, info: dict[str, Any]) -> None:
+    lost = sorted(info.get("unexpected_keys", ()))
+    if lost and not module.config.architectures:  # type: ignore[union-attr]
+        raise ModelError(
+            f"the config.json of model {str(place)!r} names no architecture, and {type(module).__name__} has no place for {len(lost)} "
+            f'of its tensors, such as {lost[0]}; add the class that was trained: "architectures": [...]'
+        )
 
 
 def _tokenizer(place: Path | str) -> Any:

@@ -19,7 +19,7 @@ SOURCES = {
     "reference": "the bundled 14-million-parameter Llama of Python code",
     "shape:NAME": f"random weights of a named size, for speed and memory only: {', '.join(SHAPES)}",
     "{shape: {...}}": "the same with the numbers given",
-    "FOLDER": "a causal language model in Hugging Face format, or an artefact that optkit saved",
+    "FOLDER": "a model in Hugging Face format, or an artefact that optkit saved",
     "OWNER/NAME": "a model on the Hugging Face Hub, where it can be reached",
 }
 
@@ -28,7 +28,7 @@ def open_model(spec: str | Shape, trust_remote_code: bool = False, seed: int = 0
     """Open a model with its weights.
 
     Raises:
-        ModelError: nothing is there, a file is missing or damaged, the architecture is none of a causal language model.
+        ModelError: nothing is there, a file is missing or damaged, transformers has no class for the architecture.
     """
     shape = _shape(spec)
     if shape is not None:

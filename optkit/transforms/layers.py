@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from optkit.core.errors import TransformError
@@ -15,8 +17,19 @@ _KNOWN_HOLDERS = (nn.Linear, nn.Embedding, Conv1D, nn.LayerNorm, nn.RMSNorm)
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Return every layer that multiplies by a weight matrix: ``nn.Linear``, its kin, and transformers' ``Conv1D``, by dotted name."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, Conv1D)) and name}
+    """Return every layer that multiplies by a weight matrix: ``nn.Linear``, its kin, and transformers' ``Conv1D``, by dotted name.
+
+    The output layer of ``nn.MultiheadAttention`` is none: that module reads its weight and never calls it.
+    """
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, (nn.Linear, Conv1D)) and name and not _within_attention(module, name)
+    }
+
+
+def _within_attention(module: nn.Module, name: str) -> bool:
+    return isinstance(module.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
 
 
 def output_head(module: nn.Module) -> str | None:
@@ -35,12 +48,35 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 def tied_embedding(module: nn.Module, layer: nn.Module) -> str | None:
-    """Return the name of the embedding that shares its weight with ``layer``, or None."""
+    """Return the name of the embedding that shares its weight with ``layer``, or None; the first where there are several."""
+    return next(iter(tied_embeddings(module, layer)), None)
+
+
+def tied_embeddings(module: nn.Module, layer: nn.Module) -> dict[str, nn.Embedding]:
+    """Return all embeddings that share their weight with ``layer``: an encoder with a decoder may have three."""
     weight = layer._parameters.get("weight")
-    if weight is None:
+    embeddings = {name: other for name, other in module.named_modules() if isinstance(other, nn.Embedding)}
+    return {name: other for name, other in embeddings.items() if weight is not None and other._parameters.get("weight") is weight}
+
+
+def multiplier_of(embedding: nn.Embedding) -> float | None:
+    """Return by what an embedding multiplies the rows that it looks up: 1 for a plain one, None where it computes something else.
+
+    A scaled one has an ``embed_scale`` and is held to its answers; on the meta device, where it has none, its name must do.
+    """
+    if type(embedding).forward is nn.Embedding.forward:
+        return 1.0
+    scale = getattr(embedding, "embed_scale", None)
+    if not isinstance(scale, int | float | Tensor) or (isinstance(scale, Tensor) and scale.numel() != 1):
         return None
-    embeddings = ((name, other) for name, other in module.named_modules() if isinstance(other, nn.Embedding))
-    return next((name for name, other in embeddings if other._parameters.get("weight") is weight), None)
+    weight = embedding.weight.detach()
+    if weight.is_meta:
+        return float(getattr(embedding, "scalar_embed_scale", 1.0)) if isinstance(scale, Tensor) else float(scale)
+    multiplier = float(scale.to(weight.dtype)) if isinstance(scale, Tensor) else float(scale)
+    ids = torch.arange(min(4, embedding.num_embeddings), device=weight.device)
+    with torch.no_grad():
+        same = torch.allclose(embedding(ids), functional.embedding(ids, weight) * multiplier, rtol=1e-2)
+    return multiplier if same else None
 
 
 def replace_layer(module: nn.Module, name: str, layer: nn.Module) -> None:
@@ -65,13 +101,20 @@ def hidden_weights(module: nn.Module) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if kinds[type(module.get_submodule(name))] * 100 > total}
 
 
-def refuse_hidden_weights(module: nn.Module, excluded: tuple[str, ...], doing: str) -> None:
+def refuse_hidden_weights(module: nn.Module, excluded: tuple[str, ...], doing: str, reached: Container[str] = ()) -> None:
     """Refuse a model that keeps matrices where a transform of linear layers would silently miss them.
+
+    Args:
+        module: the model.
+        excluded: patterns of layers that shall stay as they are.
+        doing: the transform's name, for the message.
+        reached: layers that this transform can change though they are no linear ones.
 
     Raises:
         TransformError: names the layers, their share of all parameters, and the way to leave them as they are.
     """
-    missed = {name: size for name, size in hidden_weights(module).items() if not any(matches(pattern, name) for pattern in excluded)}
+    hidden = {name: size for name, size in hidden_weights(module).items() if name not in reached}
+    missed = {name: size for name, size in hidden.items() if not any(matches(pattern, name) for pattern in excluded)}
     if missed:
         first, size = next(iter(missed.items()))
         share = sum(missed.values()) / sum(parameter.numel() for parameter in module.parameters())
@@ -83,11 +126,12 @@ def refuse_hidden_weights(module: nn.Module, excluded: tuple[str, ...], doing: s
         )
 
 
-def blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the name and the list of the model's repeated blocks, its depth.
+def blocks(module: nn.Module, stack: str | None = None) -> tuple[str, nn.ModuleList]:
+    """Return the name and the list of the model's repeated blocks, its depth; ``stack`` names one of several.
 
     Raises:
-        TransformError: there is no list of at least two blocks of one class, or more than one such list is equally long.
+        TransformError: there is no list of at least two blocks of one class, or more than one such list is equally long and none
+            is named.
     """
     lists = {
         name: layer
@@ -97,10 +141,16 @@ def blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
     outer = {name: layer for name, layer in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
     if not outer:
         raise TransformError(f"{type(module).__name__} has no list of repeated blocks")
+    if stack is not None:
+        if stack not in outer:
+            raise TransformError(f"stack {stack!r} is no list of repeated blocks; there are: {', '.join(outer)}")
+        return stack, outer[stack]
     depth = max(len(layer) for layer in outer.values())
     longest = [name for name, layer in outer.items() if len(layer) == depth]
     if len(longest) > 1:
-        raise TransformError(f"{type(module).__name__} has several lists of {depth} blocks: {', '.join(longest)}")
+        raise TransformError(
+            f"{type(module).__name__} has several lists of {depth} blocks: {', '.join(longest)}; name one: stack: {longest[0]}"
+        )
     return longest[0], outer[longest[0]]
 
 

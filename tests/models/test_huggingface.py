@@ -65,9 +65,8 @@ CASES: dict[str, tuple[Change, str]] = {
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"[:1]), "config.json cannot be read"),
     "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "the configuration of model .* cannot be read"),
     "unknown architecture": (edit_config(model_type="no-such-model"), "no-such-model"),
-    "an encoder": (edit_config(model_type="bert"), "is no causal language model: 'bert' is an encoder"),
-    "an encoder with a decoder": (edit_config(model_type="bart", is_encoder_decoder=True), "no causal language model: 'bart'"),
-    "no language model at all": (edit_config(model_type="vit"), "ViTConfig|vit"),
+    "a class of another type": (edit_config(model_type="bert"), "names the architecture 'LlamaForCausalLM', which .* no public class of"),
+    "a class of no type": (edit_config(model_type="vit", architectures=["ViTForEverything"]), "'ViTForEverything', which .* for 'vit'"),
     "quantized already": (edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantized already"),
     "a size that makes no sense": (edit_config(hidden_size="wide"), "cannot be|hidden_size"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"has no \*.safetensors$"),
@@ -116,8 +115,7 @@ def test_some_keys_are_refused_even_with_the_flag(model_folder: Path, key: str) 
 
 def test_the_outline_refuses_what_opening_refuses(model_folder: Path) -> None:
     for change, words in (
-        (edit_config(model_type="vit"), "no causal language model that transformers can build"),
-        (edit_config(model_type="bert"), "no causal language model: 'bert' is an encoder"),
+        (edit_config(model_type="bert"), "names the architecture 'LlamaForCausalLM', which transformers has no public class of for 'bert'"),
         (remote_code, "contains 'auto_map'"),
     ):
         change(model_folder)
@@ -137,6 +135,13 @@ def test_a_good_folder_opens_in_the_type_it_is_stored_in(model_folder: Path, log
     assert subject.trained
     assert not subject.module.training
     assert subject.tokenizer.decode(subject.tokenizer("def x").input_ids) == "def x"
+
+
+def test_a_decoder_whose_class_has_an_older_spelling_opens_as_a_causal_model(model_folder: Path) -> None:
+    edit_config(architectures=["LLaMAForCausalLM"])(model_folder)
+    subject = open_model(str(model_folder))
+    assert (type(subject.module).__name__, subject.kind) == ("LlamaForCausalLM", "causal-lm")
+    assert outline_model(str(model_folder)).kind == "causal-lm"
 
 
 def test_a_folder_without_tokenizer_opens_without_one(model_folder: Path) -> None:

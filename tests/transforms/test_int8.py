@@ -141,16 +141,52 @@ def test_many_small_holders_of_weights_are_not_overlooked() -> None:
         Int8().apply(model)
 
 
-def test_an_embedding_that_scales_its_rows_is_refused_by_name_and_left_alone_when_excluded() -> None:
+def gemma() -> nn.Module:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     sizes: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    config = Gemma3TextConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-    words = r"int8 cannot pack lm_head: it shares its weight with model.embed_tokens, .*exclude: \['lm_head'\]"
+    config = Gemma3TextConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=16, initializer_range=0.2)
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(config).eval()  # type: ignore[no-any-return]
+
+
+def test_an_embedding_that_scales_its_rows_is_packed_with_its_multiplier(logits: Logits, ids: Tensor) -> None:
+    dense, packed = gemma(), Int8().apply(gemma())
+    embedding: Any = packed.model.embed_tokens  # type: ignore[union-attr]
+    assert (embedding.multiplier, packed.lm_head.tied) == (8, embedding)  # type: ignore[union-attr]
+    exact = dense.model.embed_tokens(ids)  # type: ignore[union-attr,operator]
+    assert (embedding(ids) - exact).abs().max() <= 8 * 0.501 * embedding.scale.max()
+    with torch.no_grad():
+        for name, layer in dense.named_modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.copy_(packed.get_submodule(name).weight)  # type: ignore[arg-type]
+    rounded = logits(dense)
+    assert (logits(packed) - rounded).norm() < 0.03 * rounded.norm()
+    excluded = Int8(targets=Targets(exclude=("lm_head",))).apply(gemma())
+    assert excluded.lm_head.weight is excluded.model.embed_tokens.weight  # type: ignore[union-attr]
+
+
+def test_an_embedding_that_computes_more_than_a_product_is_refused_by_name() -> None:
+    class Shifted(nn.Embedding):
+        embed_scale = 2.0
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * self.embed_scale + 1
+
+    model = nn.ModuleDict({"embed": Shifted(20, 32), "head": nn.Linear(32, 20, bias=False)})
+    model["head"].weight = model["embed"].weight
+    words = r"int8 cannot pack head: it shares its weight with embed, and Shifted computes more than .*exclude: \['head'\]"
     with pytest.raises(TransformError, match=words):
-        Int8().check(Plan(Subject(Gemma3ForCausalLM(config), "gemma3")))
-    packed = Int8(targets=Targets(exclude=("lm_head",))).apply(Gemma3ForCausalLM(config))
-    assert packed.lm_head.weight is packed.model.embed_tokens.weight
+        Int8().apply(model)
+
+
+def test_embeddings_that_share_a_weight_and_scale_it_differently_are_refused_by_name() -> None:
+    from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+
+    model = nn.ModuleDict({"one": nn.Embedding(20, 32), "two": BartScaledWordEmbedding(20, 32, 0, 3.0), "head": nn.Linear(32, 20)})
+    model["two"].weight = model["head"].weight = model["one"].weight
+    with pytest.raises(TransformError, match=r"shares its weight with two, .* times the same number; .*exclude: \['head'\]"):
+        Int8().apply(model)
 
 
 def test_weights_that_are_no_numbers_are_refused_with_the_layer(mlp: Callable[[], nn.Module]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
+from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -13,6 +16,7 @@ from optkit.core.subject import Calibration, Subject
 from optkit.transforms.contract import Plan, Stage, Transform
 from optkit.transforms.layers import blocks
 
+_DEPTHS = ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")  # by which names a config counts
 _NOT_BY_BLOCK = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id"}  # lists that count something else
 
 
@@ -23,6 +27,7 @@ class DropLayers(Transform):
     opens_in: ClassVar[Literal["transformers", "optkit"]] = "transformers"
     count: Annotated[int, Field(ge=1)] = Field(default=1, description="how many blocks to drop; ignored where layers are named")
     layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), description="positions of the blocks to drop, counted from 0")
+    stack: str | None = Field(default=None, description="list of blocks to shorten, such as encoder.block, where a model has several")
 
     @property
     def needs_data(self) -> bool:
@@ -35,8 +40,10 @@ class DropLayers(Transform):
 
     def preview(self, subject: Subject) -> Subject:
         """Drop the last blocks instead of the best: the shapes are the same."""
-        depth = len(blocks(subject.module)[1])
-        return type(self)(layers=self.layers or tuple(range(depth - self.count, depth))).apply(subject)
+        depth = len(blocks(subject.module, self.stack)[1])
+        last = tuple(range(depth - self.count, depth))
+        shorter = drop(subject.module, set(self.layers or last), self.stack)
+        return replace(subject, module=shorter, history=(*subject.history, self.step()))
 
     def change(self, module: nn.Module, data: Calibration | None) -> nn.Module:
         """Return the shorter module; its configuration says so too."""
@@ -45,12 +52,13 @@ class DropLayers(Transform):
         if not doomed:
             if data is None or not data.batches:
                 raise TransformError("drop_layers needs calibration data to choose the blocks; name them instead: layers: [5, 6]")
-            influence = block_influence(module, data)
-            doomed = set(sorted(range(len(influence)), key=influence.__getitem__)[: self.count])
-        return drop(module, doomed)
+            influence = block_influence(module, data, self.stack)
+            able = (index for index in sorted(range(len(influence)), key=influence.__getitem__) if _depth_key(module, {index}, self.stack))
+            doomed = set(islice(able, self.count))
+        return drop(module, doomed, self.stack)
 
     def _check_module(self, module: nn.Module) -> None:
-        name, stack = blocks(module)
+        name, stack = blocks(module, self.stack)
         missing = [layer for layer in self.layers if layer >= len(stack)]
         if missing:
             raise TransformError(f"{name} has blocks 0 to {len(stack) - 1}, there is no {missing[0]}")
@@ -59,13 +67,14 @@ class DropLayers(Transform):
             raise TransformError(
                 f"cannot drop {doomed} of the {len(stack)} blocks of {name}; at least one must stay: count at most {len(stack) - 1}"
             )
+        _depth_key(module, set(self.layers), self.stack)
 
 
 @torch.no_grad()
-def block_influence(module: nn.Module, data: Calibration) -> list[float]:
+def block_influence(module: nn.Module, data: Calibration, stack: str | None = None) -> list[float]:
     """Return for each block 1 - cosine(input, output), averaged over all positions of the data."""
-    _, stack = blocks(module)
-    totals, positions = [0.0] * len(stack), 0
+    listed = blocks(module, stack)[1]
+    totals, positions = [0.0] * len(listed), 0
     states: dict[int, Tensor] = {}
 
     def watch(index: int) -> Any:
@@ -76,7 +85,7 @@ def block_influence(module: nn.Module, data: Calibration) -> list[float]:
 
         return hook
 
-    handles = [block.register_forward_hook(watch(index), with_kwargs=True) for index, block in enumerate(stack)]
+    handles = [block.register_forward_hook(watch(index), with_kwargs=True) for index, block in enumerate(listed)]
     try:
         for batch in data.batches:
             module(**batch)
@@ -89,13 +98,18 @@ def block_influence(module: nn.Module, data: Calibration) -> list[float]:
     return [total / positions for total in totals]
 
 
-def drop(module: nn.Module, doomed: set[int]) -> nn.Module:
-    """Remove the blocks at these positions, renumber the rest and shorten every list of the configuration that had one entry a block."""
-    name, stack = blocks(module)
-    depth = len(stack)
+def drop(module: nn.Module, doomed: set[int], stack: str | None = None) -> nn.Module:
+    """Remove the blocks at these positions, renumber the rest and shorten every list of the configuration that had one entry a block.
+
+    Raises:
+        TransformError: the blocks are not alike, and no configuration describes the model without these.
+    """
+    name, listed = blocks(module, stack)
+    depth = len(listed)
+    key = _depth_key(module, doomed, stack)
     kept = [index for index in range(depth) if index not in doomed]
     parent, _, attribute = name.rpartition(".")
-    shorter = nn.ModuleList([stack[index] for index in kept])
+    shorter = nn.ModuleList([listed[index] for index in kept])
     module.get_submodule(parent).register_module(attribute, shorter)
     for position, block in enumerate(shorter):
         for layer in block.modules():
@@ -103,8 +117,48 @@ def drop(module: nn.Module, doomed: set[int]) -> nn.Module:
                 layer.layer_idx = position  # type: ignore[assignment]
     config = getattr(module, "config", None)
     if config is not None:
-        for key, value in list(vars(config).items()):
-            if isinstance(value, list | tuple) and len(value) == depth and key not in _NOT_BY_BLOCK:
-                setattr(config, key, [value[index] for index in kept])
-        config.num_hidden_layers = len(kept)
+        _shorten(config, depth, kept, key)
     return module
+
+
+def _shorten(config: Any, depth: int, kept: list[int], key: str) -> None:
+    for other, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and len(value) == depth and other not in _NOT_BY_BLOCK:
+            setattr(config, other, [value[index] for index in kept])
+    setattr(config, key, len(kept))
+
+
+def _depth_key(module: nn.Module, doomed: set[int], stack: str | None) -> str:
+    """Return the number of the configuration that counts the blocks; for a model of transformers it is tried, on shapes alone.
+
+    Raises:
+        TransformError: whatever is counted less, transformers would build another model than this one without its ``doomed`` blocks.
+    """
+    name, listed = blocks(module, stack)
+    config, depth = getattr(module, "config", None), len(listed)
+    if config is None or not doomed or not type(module).__module__.startswith("transformers."):
+        return _DEPTHS[0]
+    kept = [index for index in range(depth) if index not in doomed]
+    position = {str(index): str(new) for new, index in enumerate(kept)}
+    wanted = set()
+    for part in _names(module):
+        index, _, rest = part.removeprefix(f"{name}.").partition(".")
+        inside = part.startswith(f"{name}.")
+        if not inside or index in position:
+            wanted.add(f"{name}.{position[index]}.{rest}".rstrip(".") if inside else part)
+    for key in _DEPTHS:
+        if getattr(config, key, None) == depth:
+            trial = deepcopy(config)
+            _shorten(trial, depth, kept, key)
+            with torch.device("meta"):
+                twin = type(module)._from_config(trial)  # type: ignore[attr-defined]
+            if _names(twin) == wanted:
+                return key
+    raise TransformError(
+        f"the blocks of {name} are not alike: without {sorted(doomed)} it is no model that transformers can build; "
+        f"name others to drop: layers: [{max(set(range(depth)) - doomed)}]"
+    )
+
+
+def _names(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_modules(remove_duplicate=False)}

@@ -18,18 +18,18 @@ from optkit.transforms.quantize.packing import pack_layers, packer, selected
 
 
 class Int8(Transform):
-    """Linear layers, the output head and an embedding tied to it, packed in 8 bits and run packed."""
+    """Linear layers, LSTMs and GRUs, the output head and an embedding tied to it, packed in 8 bits and run packed."""
 
     stage: ClassVar[Stage] = Stage.QUANTIZE
-    targets: Targets = Field(default=Targets(), description="linear layers to quantize")
+    targets: Targets = Field(default=Targets(), description="layers to quantize")
 
     def check(self, plan: Plan) -> None:
         """Refuse patterns that match nothing and weights that would be missed."""
         if not isinstance(plan.subject.module, nn.Linear):
-            selected(plan.subject.module, self.targets, "int8")
+            selected(plan.subject.module, self.targets, "int8", recurrent=True)
 
     def change(self, module: nn.Module, data: Calibration | None) -> nn.Module:
         """Return the module with packed layers."""
         if not isinstance(module, nn.Linear):
-            selected(module, self.targets, "int8")
-        return pack_layers(module, self.targets, packer(Int8Linear), packer(Int8Linear))
+            selected(module, self.targets, "int8", recurrent=True)
+        return pack_layers(module, self.targets, packer(Int8Linear), packer(Int8Linear), recurrent=True)

@@ -1,26 +1,31 @@
-"""Replaces linear layers by packed ones, head and embedding included. Which number format is packed is the caller's business."""
+"""Replaces linear and recurrent layers by packed ones, head and embedding included. The number format is the caller's business."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from optkit.core.errors import TransformError
 from optkit.core.targets import Targets
+from optkit.kernels.gru import Int8GRU
 from optkit.kernels.int4 import Int4Linear
 from optkit.kernels.int8 import Int8Embedding, Int8Linear
+from optkit.kernels.lstm import Int8LSTM
+from optkit.kernels.recurrent import PackedRecurrent, refuse_recurrent
 from optkit.transforms.layers import (
     hidden_weights,
     linear_layers,
+    multiplier_of,
     output_head,
     refuse_hidden_weights,
     replace_layer,
-    tied_embedding,
+    tied_embeddings,
     weight_of,
 )
 
+RECURRENT: Mapping[type[nn.Module], type[PackedRecurrent]] = {nn.LSTM: Int8LSTM, nn.GRU: Int8GRU}
 Pack = Callable[[Tensor, Tensor | None], nn.Linear]
 
 
@@ -37,22 +42,26 @@ def packer(kind: type[Int4Linear] | type[Int8Linear], **settings: Any) -> Pack:
     return pack
 
 
-def pack_layers(module: nn.Module, targets: Targets, pack: Pack, pack_head: Pack) -> nn.Module:
-    """Replace the selected linear layers in place and return the module.
+def pack_layers(module: nn.Module, targets: Targets, pack: Pack, pack_head: Pack, recurrent: bool = False) -> nn.Module:
+    """Replace the selected layers in place and return the module.
 
     Layers that are packed already are left alone. A head that shares its weight with the embedding is packed in int8 together
-    with it, so that the two stay tied.
+    with it, so that the two stay tied. With ``recurrent``, LSTMs and GRUs are packed in int8 too.
     """
     if isinstance(module, nn.Linear):
         return pack(module.weight.detach(), _bias(module))
-    layers = candidates(module)
+    if recurrent and type(module) in RECURRENT:
+        return RECURRENT[type(module)].from_plain(module)  # type: ignore[arg-type]
+    layers = candidates(module, recurrent)
     head = output_head(module)
     for name in targets.select(layers, hidden_weights(module)):
         layer = layers[name]
-        embedding = tied_embedding(module, layer)
+        embeddings = tied_embeddings(module, layer)
         try:
-            if embedding is not None:
-                _pack_tied(module, embedding, name, layer)
+            if type(layer) in RECURRENT:
+                replace_layer(module, name, RECURRENT[type(layer)].from_plain(layer))  # type: ignore[arg-type]
+            elif embeddings:
+                _pack_tied(module, embeddings, name, layer)
             else:
                 replace_layer(module, name, (pack_head if name == head else pack)(weight_of(layer), _bias(layer)))
         except TransformError as error:
@@ -60,38 +69,51 @@ def pack_layers(module: nn.Module, targets: Targets, pack: Pack, pack_head: Pack
     return module
 
 
-def candidates(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers that are not packed yet."""
-    return {name: layer for name, layer in linear_layers(module).items() if "weight" in layer._parameters}
+def candidates(module: nn.Module, recurrent: bool = False) -> dict[str, nn.Module]:
+    """Return the linear layers that are not packed yet, and with ``recurrent`` such LSTMs and GRUs too."""
+    found = {name: layer for name, layer in linear_layers(module).items() if "weight" in layer._parameters}
+    return found | ({name: layer for name, layer in module.named_modules() if type(layer) in RECURRENT} if recurrent else {})
 
 
-def selected(module: nn.Module, targets: Targets, doing: str) -> dict[str, nn.Module]:
+def selected(module: nn.Module, targets: Targets, doing: str, recurrent: bool = False) -> dict[str, nn.Module]:
     """Return the layers that packing would change, after refusing models whose weights would be missed.
 
     Raises:
-        TransformError: matrices stand outside linear layers, or an embedding that computes more than a look-up shares its weight.
+        TransformError: matrices stand outside the layers that can be packed, a layer has no packed form, or an embedding that
+            computes more than a look-up times a number shares its weight.
         TargetError: a pattern matches nothing.
     """
-    refuse_hidden_weights(module, targets.exclude, doing)
-    layers = candidates(module)
+    if recurrent and type(module) in RECURRENT:
+        refuse_recurrent(module, type(module))  # type: ignore[arg-type]
+        return {type(module).__name__: module}
+    layers = candidates(module, recurrent)
+    refuse_hidden_weights(module, targets.exclude, doing, layers)
     chosen = {name: layers[name] for name in targets.select(layers, hidden_weights(module))}
     for name, layer in chosen.items():
-        embedding = tied_embedding(module, layer)
-        kind = type(module.get_submodule(embedding)) if embedding is not None else nn.Embedding
-        if kind.forward is not nn.Embedding.forward:
-            raise TransformError(
-                f"{doing} cannot pack {name}: it shares its weight with {embedding}, and {kind.__name__} computes more than a look-up; "
-                f"leave both as they are: targets: {{exclude: ['{name}']}}"
-            )
+        if type(layer) in RECURRENT:
+            try:
+                refuse_recurrent(layer, type(layer))  # type: ignore[arg-type]
+            except TransformError as error:
+                raise TransformError(f"{doing} cannot pack {name}: {error}: targets: {{exclude: ['{name}']}}") from None
+        embeddings = tied_embeddings(module, layer)
+        for other, embedding in embeddings.items():
+            multiplier = multiplier_of(embedding)
+            if multiplier is None or multiplier != multiplier_of(next(iter(embeddings.values()))):
+                what = f"computes more than a look-up times {'one' if multiplier is None else 'the same'} number"
+                raise TransformError(
+                    f"{doing} cannot pack {name}: it shares its weight with {other}, and {type(embedding).__name__} {what}; "
+                    f"leave both as they are: targets: {{exclude: ['{name}']}}"
+                )
     return chosen
 
 
-def _pack_tied(module: nn.Module, embedding_name: str, head_name: str, head: nn.Module) -> None:
-    embedding = module.get_submodule(embedding_name)
-    assert isinstance(embedding, nn.Embedding)
-    packed = Int8Embedding.from_embedding(embedding)
+def _pack_tied(module: nn.Module, embeddings: Mapping[str, nn.Embedding], head_name: str, head: nn.Module) -> None:
+    """Pack the first of the embeddings; it takes the place of the others, and the head is tied to it."""
+    first = next(iter(embeddings.values()))
+    packed = Int8Embedding.from_embedding(first, multiplier_of(first))
     tied = Int8Linear.tied_to(packed, _bias(head))
-    replace_layer(module, embedding_name, packed)
+    for name in embeddings:
+        replace_layer(module, name, packed)
     replace_layer(module, head_name, tied)
 
 
