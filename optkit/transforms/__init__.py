@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from optkit.transforms.prune.magnitude import Magnitude as Magnitude
     from optkit.transforms.quantize.int4 import Int4 as Int4
     from optkit.transforms.quantize.int8 import Int8 as Int8
+    from optkit.transforms.quantize.qat import Qat as Qat
     from optkit.transforms.runtime.compile import Compile as Compile
 
 TRANSFORMS: Registry[Transform] = Registry(
@@ -25,6 +26,7 @@ TRANSFORMS: Registry[Transform] = Registry(
         "dtype": "optkit.transforms.dtype:Dtype",
         "int8": "optkit.transforms.quantize.int8:Int8",
         "int4": "optkit.transforms.quantize.int4:Int4",
+        "qat": "optkit.transforms.quantize.qat:Qat",
         "compile": "optkit.transforms.runtime.compile:Compile",
         "data_parallel": "optkit.transforms.parallel.data_parallel:DataParallel",
     },
@@ -41,6 +43,7 @@ __all__ = [
     "Int8",
     "Magnitude",
     "Plan",
+    "Qat",
     "Stage",
     "Transform",
 ]
