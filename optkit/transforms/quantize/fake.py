@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -70,9 +70,8 @@ def group_range(weight: Tensor, clip: Tensor, group_size: int) -> tuple[Tensor, 
 
 
 class Fake(nn.Module):
-    """What the layers have in common. ``compute_dtype`` is that of the packed layer's results; the weights stay at least float32."""
+    """What the layers have in common: ``compute_dtype``, that of the packed layer's results, follows a change of the model's dtype."""
 
-    packed: ClassVar[type[nn.Module]]
     compute_dtype: torch.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

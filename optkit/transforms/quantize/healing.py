@@ -95,7 +95,7 @@ def answers_loss(answers: Tensor, wanted: Tensor, mask: Tensor | None = None) ->
 
 
 def _loss(student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Tensor:
-    output = student(**batch)
+    output = student(**_in_dtype_of(student, batch))
     answers = _answers(output)
     if teacher is None:
         ids = batch.get("input_ids")
@@ -107,11 +107,17 @@ def _loss(student: nn.Module, teacher: nn.Module | None, batch: Batch) -> Tensor
         wanted = ids[:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100) if "attention_mask" in batch else ids[:, 1:]
         return functional.cross_entropy(answers[:, :-1].float().flatten(0, 1), wanted.flatten())
     with torch.no_grad():
-        taught = _answers(teacher(**batch))
+        taught = _answers(teacher(**_in_dtype_of(teacher, batch)))
     if hasattr(output, "logits") and answers.shape[-1] > 1:
         mask = batch.get("attention_mask")
         return answers_loss(answers, taught, mask if mask is not None and mask.shape == answers.shape[:-1] else None)
     return functional.mse_loss(answers.float(), taught.float()) / taught.float().square().mean().clamp(min=1e-12)
+
+
+def _in_dtype_of(module: nn.Module, batch: Batch) -> Batch:
+    """Return the batch with its floats in the dtype of the module's first parameter: a teacher may stand in half precision."""
+    dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
 
 
 def _answers(output: Any) -> Tensor:
