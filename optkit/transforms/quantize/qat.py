@@ -1,6 +1,7 @@
 """Quantization-aware training: the weights learn to stand where rounding hurts less. It takes data and minutes; packing takes neither.
 
-In a recipe ``qat`` is a short healing run on the calibration side of the task. In training code, ``prepare`` and ``convert`` stand around
+In a recipe ``qat`` is a short healing run on the calibration side of the task. int8 costs so little by itself that a short run can lose
+more than it wins; int4 and pruned models are what it is for. In training code, ``prepare`` and ``convert`` stand around
 any loop, of one's own, of accelerate, or of the Trainer of transformers:
 
     model = prepare(model, format="int4")   # before the optimizer is made
