@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -52,6 +52,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Data that a transform may look at; never part of the evaluation. ``batches`` are the model's keyword arguments."""
+    """Data that a transform may look at; never part of the evaluation. ``batches`` are the model's keyword arguments.
+
+    ``untouched`` opens the model as it was before the first transform, for those that compare with it; None where nobody has kept it.
+    ``tell`` hears how far a long transform has come.
+    """
 
     batches: tuple[Mapping[str, Tensor], ...] = field(default=())
+    untouched: Callable[[], nn.Module] | None = None
+    tell: Callable[[str], None] = lambda text: None

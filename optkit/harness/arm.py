@@ -73,12 +73,20 @@ class Arm:
         wanted = recipe_from_dict(recipe)
         subject = _load(baseline, workload)
         task = task_for(wanted, subject.kind, workload)
-        data: Calibration | None = None
+        seen: dict[int, Calibration] = {}
         for number, step in enumerate(wanted.transforms, 1):
-            self._tell(f"applying {step.step().name} ({number} of {len(wanted.transforms)})")
-            if step.needs_data and data is None and task.withheld(subject) is None:
-                data = task.calibration(subject)
-            subject = step.apply(subject, data if step.needs_data else None)
+            doing = f"applying {step.step().name} ({number} of {len(wanted.transforms)})"
+            self._tell(doing)
+            data: Calibration | None = None
+            if step.needs_data and task.withheld(subject) is None:
+                if step.data_items not in seen:
+                    seen[step.data_items] = task.calibration(subject, step.data_items)
+                data = replace(
+                    seen[step.data_items],
+                    untouched=lambda: _load(baseline, workload).module,
+                    tell=lambda text, doing=doing: self._tell(f"{doing}: {text}"),  # type: ignore[misc]
+                )
+            subject = step.apply(subject, data)
         self._tell("saving the result")
         artefact.save(subject, folder)
         return {"history": [asdict(step) for step in subject.history], "replicas": subject.replicas}

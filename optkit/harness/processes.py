@@ -206,6 +206,8 @@ class Workers:
                     raise
                 if answers:
                     found[member] = answers[0]
+                else:
+                    end = time.monotonic() + deadline_s  # it tells of progress, so it does not hang
         return [found[member] for member in self._members]
 
     def _blame_the_dead(self, failed: Worker) -> None:

@@ -46,8 +46,8 @@ class Task(Settings):
         """Describe the evaluation data; reads the data, runs no model."""
 
     @abstractmethod
-    def calibration(self, subject: Subject) -> Calibration:
-        """Return data for transforms that need to see some."""
+    def calibration(self, subject: Subject, items: int = 32) -> Calibration:
+        """Return data for transforms that need to see some: so many items, or all where there are fewer."""
 
     @abstractmethod
     def evaluate(self, subject: Subject, engine: Any, group: Group, reference: Path | None, keep: Path | None) -> Samples:

@@ -65,10 +65,10 @@ class LanguageModeling(Task):
         detail = {"window": window, "stride": self.stride or window, "windows": len(windows), "normalizer": "token and byte"}
         return DataCard("language-modeling", corpus.name, corpus.sha256, windows.numel(), detail)
 
-    def calibration(self, subject: Subject) -> Calibration:
-        """Return 32 windows of the calibration texts, in batches of 4."""
+    def calibration(self, subject: Subject, items: int = 32) -> Calibration:
+        """Return windows of the calibration texts, evenly spread over them, in batches of 4."""
         windows = _cut(_stream(subject, self._corpus().calibration), self._window(subject), None)
-        return Calibration(tuple({"input_ids": rows} for rows in _spread(windows, 32).split(4)))
+        return Calibration(tuple({"input_ids": rows} for rows in _spread(windows, items).split(4)))
 
     def evaluate(self, subject: Subject, engine: Any, group: Group, reference: Path | None, keep: Path | None) -> Samples:
         """Return a row a window: sums of negative log likelihood (nats), tokens, bytes, hits; and the agreement with the baseline."""

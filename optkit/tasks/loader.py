@@ -47,8 +47,8 @@ class LoaderTask(Task):
                 whole.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         return DataCard("loader", self.metric, whole.hexdigest(), sum(len(batch[self.inputs[0]]) for batch in self.batches))
 
-    def calibration(self, subject: Subject) -> Calibration:
-        """Return the calibration batches, reduced to the module's inputs."""
+    def calibration(self, subject: Subject, items: int = 32) -> Calibration:
+        """Return all calibration batches, however many are asked for, reduced to the module's inputs."""
         return Calibration(tuple(self._of(batch) for batch in self.calibration_batches))
 
     def evaluate(self, subject: Subject, engine: Any, group: Group, reference: Path | None, keep: Path | None) -> Samples:

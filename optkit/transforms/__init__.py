@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from optkit.transforms.prune.magnitude import Magnitude as Magnitude
     from optkit.transforms.quantize.int4 import Int4 as Int4
     from optkit.transforms.quantize.int8 import Int8 as Int8
+    from optkit.transforms.quantize.qat import Qat as Qat
     from optkit.transforms.runtime.compile import Compile as Compile
     from optkit.transforms.runtime.kv_cache import KvCache as KvCache
 
@@ -26,6 +27,7 @@ TRANSFORMS: Registry[Transform] = Registry(
         "dtype": "optkit.transforms.dtype:Dtype",
         "int8": "optkit.transforms.quantize.int8:Int8",
         "int4": "optkit.transforms.quantize.int4:Int4",
+        "qat": "optkit.transforms.quantize.qat:Qat",
         "compile": "optkit.transforms.runtime.compile:Compile",
         "kv_cache": "optkit.transforms.runtime.kv_cache:KvCache",
         "data_parallel": "optkit.transforms.parallel.data_parallel:DataParallel",
@@ -44,6 +46,7 @@ __all__ = [
     "KvCache",
     "Magnitude",
     "Plan",
+    "Qat",
     "Stage",
     "Transform",
 ]

@@ -45,6 +45,11 @@ class Transform(Settings):
         """Whether ``change`` looks at calibration data."""
         return False
 
+    @property
+    def data_items(self) -> int:
+        """How many items of calibration data ``change`` would like to see, where it needs data."""
+        return 32
+
     @abstractmethod
     def check(self, plan: Plan) -> None:
         """Look at shapes only, change nothing.

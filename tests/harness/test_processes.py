@@ -72,6 +72,33 @@ def test_a_worker_that_is_killed_most_likely_lacked_memory(workers: Workers, tmp
     assert killed.value.exit_code == 4
 
 
+def test_a_worker_that_tells_of_progress_is_waited_for_beyond_its_deadline() -> None:
+    class Slow:
+        """Tells something every quarter of a second and answers after a whole one."""
+
+        name = "slow"
+
+        def __init__(self) -> None:
+            self.reads, self.writes = os.pipe()
+            self.timers = [Timer(0.25 * (number + 1), os.write, (self.writes, b"." if number < 3 else b"!")) for number in range(4)]
+            for timer in self.timers:
+                timer.start()
+
+        def fileno(self) -> int:
+            return self.reads
+
+        def hear(self, tell: object) -> list[str]:
+            return ["done"] if os.read(self.reads, 1) == b"!" else []
+
+    workers, slow = Workers("slow", 1, Path(), ranks=0), Slow()
+    workers._members.append(slow)  # type: ignore[arg-type]
+    assert workers.gather(deadline_s=0.6) == ["done"]
+    for timer in slow.timers:
+        timer.join()
+    os.close(slow.reads)
+    os.close(slow.writes)
+
+
 def test_a_worker_that_hangs_meets_its_deadline(workers: Workers, tmp_path: Path) -> None:
     workers.ask("memory")
     workers.pause()

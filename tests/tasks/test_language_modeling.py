@@ -173,6 +173,19 @@ def test_calibration_shares_no_window_with_the_evaluation(task: Callable[..., La
     assert not calibrated & {tuple(row.tolist()) for row in evaluated(judged, whole)}
 
 
+def test_calibration_gives_as_many_windows_as_are_asked_for_or_all_there_are(
+    task: Callable[..., LanguageModeling], subject: Subjects
+) -> None:
+    def windows(items: int) -> set[tuple[int, ...]]:
+        rows = torch.cat([batch["input_ids"] for batch in task().calibration(subject(), items).batches])
+        assert len(rows) <= items
+        return {tuple(row.tolist()) for row in rows}
+
+    everything = windows(10**6)
+    assert len(windows(2)) == 2 < len(everything)
+    assert windows(2) <= everything
+
+
 def test_prompts_are_beginnings_of_windows_and_repeat_when_there_are_few(task: Callable[..., LanguageModeling], subject: Subjects) -> None:
     whole = subject()
     windows = {tuple(row.tolist()) for row in evaluated(task(window=24, tokens=10**6), whole)}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import optkit
 from optkit.core.errors import TransformError
-from optkit.core.subject import Subject
+from optkit.core.subject import Calibration, Subject
 from optkit.kernels.int4 import Int4Linear
 from optkit.transforms import TRANSFORMS, Plan, Stage, Transform
 
@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dtype": {"dtype": "bfloat16"},
     "int8": {},
     "int4": {},
+    "qat": {"steps": 2},
     "compile": {},
     "kv_cache": {},
     "data_parallel": {"size": 2},
@@ -73,6 +74,13 @@ def make(name: str) -> Transform:
     return TRANSFORMS[name](**SETTINGS[name])
 
 
+def applied(name: str, model: Any) -> Any:
+    """Return the model with the transform applied, which is given data where it needs some."""
+    transform = make(name)
+    batch = {"input_ids": torch.arange(2, 34).view(2, 16)} if isinstance(model, Subject) else {"input": torch.ones(2, 64)}
+    return transform.apply(model, Calibration((batch,)) if transform.needs_data else None)
+
+
 def shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
@@ -91,7 +99,7 @@ def opened(subject: Subjects, logits: Logits, ids: Tensor, tmp_path_factory: pyt
     for name, steps in {**{name: [name] for name in NAMES}, "composition": COMPOSITION}.items():
         changed = subject()
         for step in steps:
-            changed = make(step).apply(changed)
+            changed = applied(step, changed)
         kept[name] = logits(changed.module)
         optkit.save(changed, root / name)
         if changed.opens_in == "transformers":
@@ -146,7 +154,7 @@ def test_check_and_preview_need_shapes_only_and_foretell_them(name: str, subject
         make(name).check(Plan(outline, **PLAN))  # type: ignore[arg-type]
         foretold = make(name).preview(outline)
     assert all(tensor.is_meta for tensor in foretold.module.state_dict().values())
-    real = make(name).apply(subject())
+    real = applied(name, subject())
     assert shapes(foretold.module) == shapes(real.module)
     assert foretold.history == real.history
 
@@ -154,7 +162,7 @@ def test_check_and_preview_need_shapes_only_and_foretell_them(name: str, subject
 @pytest.mark.parametrize("name", NAMES)
 def test_history_grows_by_one_step(name: str, subject: Subjects) -> None:
     transform = make(name)
-    once = transform.apply(subject())
+    once = applied(name, subject())
     assert once.history == (transform.step(),)
     again = TRANSFORMS["dtype"](dtype="float32").apply(once)  # type: ignore[call-arg]
     assert [step.name for step in again.history] == [name, "dtype"]
@@ -165,7 +173,7 @@ def test_history_grows_by_one_step(name: str, subject: Subjects) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_layers_stay_findable_with_their_true_sizes(name: str, subject: Subjects) -> None:
     before = linears(subject().module)
-    after = linears(make(name).apply(subject()).module)
+    after = linears(applied(name, subject()).module)
     assert after
     assert {layer: before.get(layer) for layer in after} == after
     if name != "drop_layers":
@@ -184,7 +192,7 @@ def test_what_says_that_it_opens_in_transformers_opens_there_with_equal_logits(n
 
 @pytest.mark.parametrize("name", BARE)
 def test_a_bare_module_is_changed_saved_and_opened_again(name: str, mlp: Callable[[], nn.Module], tmp_path: Path) -> None:
-    module = make(name).apply(mlp())
+    module = applied(name, mlp())
     assert isinstance(module, nn.Module)
     kind = next(parameter.dtype for parameter in module.parameters())
     x = torch.randn(5, 64).to(kind)
@@ -197,7 +205,7 @@ def test_a_bare_module_is_changed_saved_and_opened_again(name: str, mlp: Callabl
 
 @pytest.mark.parametrize("name", BARE)
 def test_a_bare_linear_layer_is_changed_saved_and_opened_again(name: str, tmp_path: Path) -> None:
-    layer = make(name).apply(nn.Linear(64, 32))
+    layer = applied(name, nn.Linear(64, 32))
     assert isinstance(layer, nn.Linear)
     assert (layer.in_features, layer.out_features) == (64, 32)
     assert layer.bias is not None
