@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from optkit.transforms.prune.magnitude import Magnitude as Magnitude
     from optkit.transforms.quantize.int4 import Int4 as Int4
     from optkit.transforms.quantize.int8 import Int8 as Int8
+    from optkit.transforms.quantize.mixed import Mixed as Mixed
+    from optkit.transforms.quantize.smoothquant import Smoothquant as Smoothquant
     from optkit.transforms.runtime.compile import Compile as Compile
 
 TRANSFORMS: Registry[Transform] = Registry(
@@ -25,6 +27,8 @@ TRANSFORMS: Registry[Transform] = Registry(
         "dtype": "optkit.transforms.dtype:Dtype",
         "int8": "optkit.transforms.quantize.int8:Int8",
         "int4": "optkit.transforms.quantize.int4:Int4",
+        "smoothquant": "optkit.transforms.quantize.smoothquant:Smoothquant",
+        "mixed": "optkit.transforms.quantize.mixed:Mixed",
         "compile": "optkit.transforms.runtime.compile:Compile",
         "data_parallel": "optkit.transforms.parallel.data_parallel:DataParallel",
     },
@@ -40,7 +44,9 @@ __all__ = [
     "Int4",
     "Int8",
     "Magnitude",
+    "Mixed",
     "Plan",
+    "Smoothquant",
     "Stage",
     "Transform",
 ]
