@@ -40,32 +40,30 @@ def test_the_best_scale_is_about_as_good_as_the_best_of_many_tried_one_by_one(po
     values = torch.randn(20_000) ** power * size
     histogram = Histogram()
     for part in values.split(7_000):
-        histogram.add(part)
+        histogram.add(Histogram.of(part))
     tried = [float(values.abs().max()) / 127 * share for share in torch.linspace(1, 0.1, 200).tolist()]
     assert error_of(values, histogram.best_scale()) <= 1.02 * min(error_of(values, scale) for scale in tried)
 
 
 def test_a_histogram_counts_every_value_however_the_range_grows() -> None:
     histogram = Histogram()
-    for part in (torch.tensor([0.1, -0.2]), torch.tensor([1000.0]), torch.tensor([0.3])):
-        histogram.add(part)
+    for part in (torch.zeros(3), torch.tensor([0.1, -0.2]), torch.tensor([1000.0]), torch.tensor([0.3])):
+        histogram.add(Histogram.of(part))
     assert histogram.counts.sum() == 4
     assert histogram.top == 1024
     assert histogram.counts.nonzero().flatten().tolist() == [0, 1, 2, 8000]
 
 
 def test_one_outlier_in_a_hundred_thousand_is_cut_off_and_a_flat_range_is_kept() -> None:
-    outlier, flat = Histogram(), Histogram()
-    outlier.add(torch.cat((torch.randn(100_000), torch.tensor([20.0]))))
-    flat.add(torch.rand(100_000))
+    outlier = Histogram.of(torch.cat((torch.randn(100_000), torch.tensor([20.0]))))
+    flat = Histogram.of(torch.rand(100_000))
     assert outlier.best_scale() < 0.7 * 20 / 127
     assert flat.best_scale() > 0.98 / 127
 
 
 def test_zeros_alone_have_the_scale_one() -> None:
-    histogram = Histogram()
-    histogram.add(torch.zeros(10))
-    assert histogram.best_scale() == 1.0
+    for values in (torch.zeros(10), torch.zeros(0)):
+        assert Histogram.of(values).best_scale() == 1.0
 
 
 def test_without_data_a_layer_out_of_use_and_broken_inputs_are_refused_by_name(mlp: Mlp) -> None:

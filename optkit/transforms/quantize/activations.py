@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +43,14 @@ def static_scales(module: nn.Module, names: Iterable[str], data: Calibration | N
         TransformError: there is no data, a layer sees none of it, or NaN or infinity flows into one.
     """
     found: dict[str, Histogram] = {}
+    last: tuple[Tensor | None, Histogram] = None, Histogram()
 
     def look(name: str, x: Tensor) -> None:
-        if x.numel():
+        nonlocal last
+        if last[0] is not x:  # layers that read one tensor share the counting
             _refuse_non_finite(name, x)
-            found.setdefault(name, Histogram()).add(x)
+            last = x, Histogram.of(x)
+        found.setdefault(name, Histogram()).add(last[1])
 
     watch_inputs(module, names, data, look, doing)
     return {name: histogram.best_scale() for name, histogram in found.items()}
@@ -81,25 +84,38 @@ def watch_inputs(
 
 
 class Histogram:
-    """How many absolute values fall into each of equal bins from 0 to a power of two, which doubles as larger values come."""
+    """How many absolute values fall into each of equal bins from 0 to a power of two that no value exceeds."""
 
     def __init__(self) -> None:
         self.counts = torch.zeros(_BINS, dtype=torch.float64)
         self.top = 0.0
         self.most = 0.0
 
-    def add(self, values: Tensor) -> None:
-        """Count finite values."""
+    @classmethod
+    def of(cls, values: Tensor) -> Self:
+        """Return the histogram of finite values."""
+        made = cls()
         sizes = values.detach().abs().float().flatten()
-        most = float(sizes.max())
-        if most > 0 and self.top == 0:
-            self.top = 2.0 ** math.ceil(math.log2(most))
-        while most > self.top:
-            self.counts = torch.cat((self.counts.view(-1, 2).sum(dim=1), self.counts.new_zeros(_BINS // 2)))
-            self.top *= 2
-        self.most = max(self.most, most)
-        if self.top:
-            self.counts += torch.histc(sizes, _BINS, 0, self.top).double().cpu()
+        made.most = float(sizes.max()) if sizes.numel() else 0.0
+        if made.most > 0:
+            made.top = 2.0 ** math.ceil(math.log2(made.most))
+            made.counts = torch.histc(sizes, _BINS, 0, made.top).double().cpu()
+        return made
+
+    def add(self, other: Histogram) -> None:
+        """Count all that another one has counted; zeros alone count nothing."""
+        if not other.top:
+            return
+        top = max(self.top, other.top)
+        self.counts = self._counts_up_to(top) + other._counts_up_to(top)
+        self.top, self.most = top, max(self.most, other.most)
+
+    def _counts_up_to(self, top: float) -> Tensor:
+        counts, reached = self.counts, self.top
+        while 0 < reached < top:
+            counts = torch.cat((counts.view(-1, 2).sum(dim=1), counts.new_zeros(_BINS // 2)))
+            reached *= 2
+        return counts
 
     def best_scale(self) -> float:
         """Return the scale of the least squared error of round(x / scale) within -127..127, tried from max|x| / 127 down to a tenth.
