@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from optkit.transforms.prune.magnitude import Magnitude as Magnitude
     from optkit.transforms.quantize.int4 import Int4 as Int4
     from optkit.transforms.quantize.int8 import Int8 as Int8
+    from optkit.transforms.quantize.mixed import Mixed as Mixed
     from optkit.transforms.quantize.qat import Qat as Qat
+    from optkit.transforms.quantize.smoothquant import Smoothquant as Smoothquant
     from optkit.transforms.runtime.compile import Compile as Compile
     from optkit.transforms.runtime.kv_cache import KvCache as KvCache
 
@@ -27,6 +29,8 @@ TRANSFORMS: Registry[Transform] = Registry(
         "dtype": "optkit.transforms.dtype:Dtype",
         "int8": "optkit.transforms.quantize.int8:Int8",
         "int4": "optkit.transforms.quantize.int4:Int4",
+        "smoothquant": "optkit.transforms.quantize.smoothquant:Smoothquant",
+        "mixed": "optkit.transforms.quantize.mixed:Mixed",
         "qat": "optkit.transforms.quantize.qat:Qat",
         "compile": "optkit.transforms.runtime.compile:Compile",
         "kv_cache": "optkit.transforms.runtime.kv_cache:KvCache",
@@ -45,8 +49,10 @@ __all__ = [
     "Int8",
     "KvCache",
     "Magnitude",
+    "Mixed",
     "Plan",
     "Qat",
+    "Smoothquant",
     "Stage",
     "Transform",
 ]

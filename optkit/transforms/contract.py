@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar, Literal, Self, overload
 
 from torch import nn
 
@@ -63,6 +63,13 @@ class Transform(Settings):
     def change(self, module: nn.Module, data: Calibration | None) -> nn.Module:
         """Return the changed module. The given one is used up: its layers may be replaced in place."""
 
+    def decide(self, module: nn.Module, data: Calibration | None) -> Self:
+        """Return this transform with its choices, made by a look at module and data, written into its settings; a history records it so.
+
+        Override it where there is a choice that a user may want to read, or to repeat without the data.
+        """
+        return self
+
     def preview(self, subject: Subject) -> Subject:
         """Return the subject as it would look afterwards, on the meta device. Override where ``change`` needs data."""
         return self.apply(subject)
@@ -78,8 +85,9 @@ class Transform(Settings):
         """
         if isinstance(model, nn.Module):
             return self.change(model, data)
-        changed = self.change(model.module, data)
-        return replace(model, module=changed, history=(*model.history, self.step()))
+        decided = self.decide(model.module, data)
+        changed = decided.change(model.module, data)
+        return replace(model, module=changed, history=(*model.history, decided.step()))
 
     def step(self) -> Step:
         """Return this transform as an entry of a history."""

@@ -27,6 +27,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "int8": {},
     "int4": {},
     "qat": {"steps": 2},
+    "smoothquant": {},
+    "mixed": {"layers": {"*": "int8"}},
     "compile": {},
     "kv_cache": {},
     "data_parallel": {"size": 2},
@@ -36,6 +38,7 @@ NOT_FOR_BARE_MODULES = {
     "data_parallel": "a bare module has no place",
     "compile": "a bare module has none",
     "kv_cache": "a bare module has none",
+    "smoothquant": "no place in Sequential",
 }
 COMPOSITION = ["drop_layers", "magnitude", "int4"]
 NAMES = sorted(TRANSFORMS)

@@ -14,6 +14,7 @@ from optkit.kernels.int4 import Int4Linear
 from optkit.kernels.int8 import Int8Linear
 from optkit.transforms.contract import Plan, Stage, Transform
 from optkit.transforms.layers import output_head, tied_embedding, weight_of
+from optkit.transforms.quantize.embedding import pack_embedding, refuse_embedding
 from optkit.transforms.quantize.packing import pack_layers, packer, selected
 
 GROUP_SIZES = (32, 64, 128)
@@ -27,6 +28,7 @@ class Int4(Transform):
     head: Literal["int8", "int4"] = Field(
         default="int8", description="format of the output head; one that is tied to the embedding is always int8"
     )
+    embedding: bool = Field(default=False, description="pack an input embedding that is not tied to the head, in int8")
     targets: Targets = Field(default=Targets(), description="linear layers to quantize")
 
     def check(self, plan: Plan) -> None:
@@ -37,13 +39,16 @@ class Int4(Transform):
         """Return the module with packed layers."""
         self._check_module(module)
         pack = packer(Int4Linear, group_size=self.group_size)
-        return pack_layers(module, self.targets, pack, pack if self.head == "int4" else packer(Int8Linear))
+        packed = pack_layers(module, self.targets, pack, pack if self.head == "int4" else packer(Int8Linear))
+        return pack_embedding(packed) if self.embedding else packed
 
     def _check_module(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             layers: dict[str, nn.Module] = {type(module).__name__: module}
         else:
             layers = selected(module, self.targets, "int4")
+        if self.embedding:
+            refuse_embedding(module, self.targets, "int4")
         head = output_head(module)
         eight_bit = {name for name in layers if (name == head and self.head == "int8") or tied_embedding(module, layers[name])}
         widths = {name: weight_of(layer).shape[1] for name, layer in layers.items() if name not in eight_bit}

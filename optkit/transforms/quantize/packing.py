@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,13 +49,17 @@ def pack_layers(module: nn.Module, targets: Targets, pack: Pack, pack_head: Pack
     with it, so that the two stay tied. With ``recurrent``, LSTMs and GRUs are packed in int8 too.
     """
     if isinstance(module, nn.Linear):
-        return pack(module.weight.detach(), _bias(module))
+        return pack(module.weight.detach(), bias_of(module))
     if recurrent and type(module) in RECURRENT:
         return RECURRENT[type(module)].from_plain(module)  # type: ignore[arg-type]
-    layers = candidates(module, recurrent)
+    return pack_named(module, targets.select(candidates(module, recurrent), hidden_weights(module)), pack, pack_head)
+
+
+def pack_named(module: nn.Module, names: Iterable[str], pack: Pack, pack_head: Pack) -> nn.Module:
+    """Replace the layers of these names in place and return the module; see ``pack_layers``."""
     head = output_head(module)
-    for name in targets.select(layers, hidden_weights(module)):
-        layer = layers[name]
+    for name in names:
+        layer = module.get_submodule(name)
         embeddings = tied_embeddings(module, layer)
         try:
             if type(layer) in RECURRENT:
@@ -63,7 +67,7 @@ def pack_layers(module: nn.Module, targets: Targets, pack: Pack, pack_head: Pack
             elif embeddings:
                 _pack_tied(module, embeddings, name, layer)
             else:
-                replace_layer(module, name, (pack_head if name == head else pack)(weight_of(layer), _bias(layer)))
+                replace_layer(module, name, (pack_head if name == head else pack)(weight_of(layer), bias_of(layer)))
         except TransformError as error:
             raise TransformError(f"{name}: {error}") from None
     return module
@@ -111,12 +115,13 @@ def _pack_tied(module: nn.Module, embeddings: Mapping[str, nn.Embedding], head_n
     """Pack the first of the embeddings; it takes the place of the others, and the head is tied to it."""
     first = next(iter(embeddings.values()))
     packed = Int8Embedding.from_embedding(first, multiplier_of(first))
-    tied = Int8Linear.tied_to(packed, _bias(head))
+    tied = Int8Linear.tied_to(packed, bias_of(head))
     for name in embeddings:
         replace_layer(module, name, packed)
     replace_layer(module, head_name, tied)
 
 
-def _bias(layer: nn.Module) -> Tensor | None:
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """Return the bias of a layer, or None."""
     bias = layer.bias
     return bias.detach() if isinstance(bias, Tensor) else None
