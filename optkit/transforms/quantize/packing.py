@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,17 +44,21 @@ def pack_layers(module: nn.Module, targets: Targets, pack: Pack, pack_head: Pack
     with it, so that the two stay tied.
     """
     if isinstance(module, nn.Linear):
-        return pack(module.weight.detach(), _bias(module))
-    layers = candidates(module)
+        return pack(module.weight.detach(), bias_of(module))
+    return pack_named(module, targets.select(candidates(module), hidden_weights(module)), pack, pack_head)
+
+
+def pack_named(module: nn.Module, names: Iterable[str], pack: Pack, pack_head: Pack) -> nn.Module:
+    """Replace the linear layers of these names in place and return the module; see ``pack_layers``."""
     head = output_head(module)
-    for name in targets.select(layers, hidden_weights(module)):
-        layer = layers[name]
+    for name in names:
+        layer = module.get_submodule(name)
         embedding = tied_embedding(module, layer)
         try:
             if embedding is not None:
                 _pack_tied(module, embedding, name, layer)
             else:
-                replace_layer(module, name, (pack_head if name == head else pack)(weight_of(layer), _bias(layer)))
+                replace_layer(module, name, (pack_head if name == head else pack)(weight_of(layer), bias_of(layer)))
         except TransformError as error:
             raise TransformError(f"{name}: {error}") from None
     return module
@@ -90,11 +94,12 @@ def _pack_tied(module: nn.Module, embedding_name: str, head_name: str, head: nn.
     embedding = module.get_submodule(embedding_name)
     assert isinstance(embedding, nn.Embedding)
     packed = Int8Embedding.from_embedding(embedding)
-    tied = Int8Linear.tied_to(packed, _bias(head))
+    tied = Int8Linear.tied_to(packed, bias_of(head))
     replace_layer(module, embedding_name, packed)
     replace_layer(module, head_name, tied)
 
 
-def _bias(layer: nn.Module) -> Tensor | None:
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """Return the bias of a layer, or None."""
     bias = layer.bias
     return bias.detach() if isinstance(bias, Tensor) else None
