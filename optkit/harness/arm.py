@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from optkit.core import files
+from optkit.core.errors import telling
 from optkit.core.group import Group
 from optkit.core.subject import Calibration, Subject
 from optkit.engines import engine_for, told
+from optkit.harness.calibration import calibration_for
 from optkit.harness.workloads import build_workload, task_for
 from optkit.measure.contract import Opened, Session
 from optkit.measure.memory import forget_peak, peak_bytes, resident_bytes
@@ -74,14 +76,19 @@ class Arm:
         subject = _load(baseline, workload)
         task = task_for(wanted, subject.kind, workload)
         data: Calibration | None = None
+        notes: list[str] = []
         for number, step in enumerate(wanted.transforms, 1):
             self._tell(f"applying {step.step().name} ({number} of {len(wanted.transforms)})")
-            if step.needs_data and data is None and task.withheld(subject) is None:
-                data = task.calibration(subject)
-            subject = step.apply(subject, data if step.needs_data else None)
+            if step.needs_data and data is None:
+                data, told = calibration_for(subject, task, wanted.seed)
+                notes += [told] if told else []
+            with telling(notes.append):
+                subject = step.apply(subject, data if step.needs_data else None)
+        for note in notes:
+            self._tell(note)
         self._tell("saving the result")
         artefact.save(subject, folder)
-        return {"history": [asdict(step) for step in subject.history], "replicas": subject.replicas}
+        return {"history": [asdict(step) for step in subject.history], "replicas": subject.replicas, "notes": notes}
 
     def do_open(self, recipe: dict[str, Any], folder: str, workload: str | None) -> dict[str, Any]:
         """Open an artefact as the arm to measure."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from optkit.core.errors import TransformError
+from optkit.core.errors import OptkitWarning, TransformError
 from optkit.core.subject import Calibration
+from optkit.kernels.clipping import SHRINKS, search, search_symmetric
+from optkit.kernels.guards import refuse_non_finite
 from optkit.kernels.int4 import Int4Linear, dequantize_groups, quantize_groups
 from optkit.transforms.layers import replace_layer, weight_of
 from optkit.transforms.quantize.awq import activation_scale
@@ -42,6 +44,8 @@ def pack_calibrated(
     Raises:
         TransformError: a weight or an input is not finite; or, for awq, no scale can move anywhere.
     """
+    for name in names:
+        _by_name(name, refuse_non_finite, weight_of(module.get_submodule(name)))
     found: dict[str, Packed] = {}
     places = _places(module, names, data) if method == "awq" else []
 
@@ -52,19 +56,17 @@ def pack_calibrated(
                 _scale(module, fold, here, moments[here[0]], form)
         for name, seen in moments.items():
             weight = weight_of(module.get_submodule(name))
-            try:
-                if method == "gptq":
-                    found[name] = gptq(weight, seen.gram, form.size(weight), form.symmetric, act_order)
-                else:
-                    found[name] = quantize_groups(weight, form.size(weight), True, form.symmetric, importance_of(seen.gram.diagonal()))
-            except TransformError as error:
-                raise TransformError(f"{name}: {error}") from None
+            if method == "gptq":
+                found[name] = _by_name(name, gptq, weight, seen.gram, form.size(weight), form.symmetric, act_order)
+            else:
+                importance = importance_of(seen.gram.diagonal())
+                found[name] = _by_name(name, quantize_groups, weight, form.size(weight), True, form.symmetric, importance)
             weight.copy_(dequantize_groups(*found[name]))  # so that the blocks to come see what this one will answer
 
     by_blocks(module, data, names, work)
     missed = [name for name in names if name not in found]
     if missed:
-        warnings.warn(f"{method}: no calibration data reached {_listed(missed, names)}; rounded to nearest", stacklevel=2)
+        warnings.warn(f"{method}: no calibration data reached {_listed(missed, names)}; rounded to nearest", OptkitWarning, stacklevel=2)
     for name in names:
         layer = module.get_submodule(name)
         weight = weight_of(layer)
@@ -85,7 +87,9 @@ def _places(module: nn.Module, names: Sequence[str], data: Calibration) -> list[
         )
     without = [name for name in names if not any(name in fold.consumers for fold in places)]
     if without:
-        warnings.warn(f"awq: nothing can take a scale from {_listed(without, names)}; rounded to nearest without one", stacklevel=3)
+        warnings.warn(
+            f"awq: nothing can take a scale from {_listed(without, names)}; rounded to nearest without one", OptkitWarning, stacklevel=3
+        )
     return places
 
 
@@ -97,7 +101,18 @@ def _scale(module: nn.Module, fold: Fold, names: Sequence[str], moments: Moments
 
 
 def _rounded(weight: Tensor, squares: Tensor, form: Format) -> Tensor:
-    return dequantize_groups(*quantize_groups(weight, form.size(weight), True, form.symmetric, importance_of(squares)))
+    size = form.size(weight)
+    find = search_symmetric if form.symmetric else search
+    made = find(weight.reshape(len(weight), -1, size), SHRINKS, importance_of(squares).reshape(-1, size))
+    return ((made.q.float() - made.point.float()[..., None]) * made.scale.float()[..., None]).flatten(1)
+
+
+def _by_name(name: str, make: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function and name the layer in what it refuses."""
+    try:
+        return make(*arguments)
+    except TransformError as error:
+        raise TransformError(f"{name}: {error}") from None
 
 
 def _listed(some: Sequence[str], every: Sequence[str]) -> str:

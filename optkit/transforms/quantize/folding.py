@@ -43,11 +43,13 @@ def folds(module: nn.Module, batch: Mapping[str, Tensor] | None = None) -> list[
         batch: keyword inputs of one small forward pass; None for a language model: some token ids.
 
     Raises:
-        TransformError: there is no batch, and the module is no language model.
+        TransformError: there is no batch, and the module is no language model; or its answers are not finite.
     """
     batch = some_tokens(module) if batch is None else batch
     with evaluating(module):
         trace = Trace(module, batch)
+        if not bool(torch.isfinite(trace.answer).all()):
+            raise TransformError(f"{type(module).__name__} answers with NaN or infinity, so that nothing can be tried on it")
         found = []
         for group, prefixes in _groups(module, trace):
             for producer, rows in _options(module, trace, prefixes[0], group):
