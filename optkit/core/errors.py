@@ -16,8 +16,11 @@ OptkitError (2)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 
 class OptkitError(Exception):
@@ -101,3 +104,24 @@ class StoppedError(OptkitError):
     def __init__(self, message: str, exit_code: int = 130) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class OptkitWarning(UserWarning):
+    """Something was done otherwise than asked for, and why. In training code a Python warning; a run writes it into its report."""
+
+
+@contextmanager
+def telling(tell: Callable[[str], None]) -> Iterator[None]:
+    """Give the text of every ``OptkitWarning`` to a function; other warnings go their way."""
+    show = warnings.showwarning
+
+    def hand_on(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+        if issubclass(category, OptkitWarning):
+            tell(str(message))
+        else:
+            show(message, category, *rest, **named)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", OptkitWarning)
+        warnings.showwarning = hand_on
+        yield

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from optkit.core import files
+from optkit.core.errors import telling
 from optkit.core.group import Group
 from optkit.core.subject import Calibration, Subject
 from optkit.engines import engine_for, told
+from optkit.harness.calibration import calibration_for
 from optkit.harness.workloads import build_workload, task_for
 from optkit.measure.contract import Opened, Session
 from optkit.measure.memory import forget_peak, peak_bytes, resident_bytes
@@ -73,23 +75,29 @@ class Arm:
         wanted = recipe_from_dict(recipe)
         subject = _load(baseline, workload)
         task = task_for(wanted, subject.kind, workload)
-        seen: dict[int, Calibration] = {}
+        seen: dict[int, Calibration | None] = {}
+        notes: list[str] = []
         for number, step in enumerate(wanted.transforms, 1):
             doing = f"applying {step.step().name} ({number} of {len(wanted.transforms)})"
             self._tell(doing)
             data: Calibration | None = None
-            if step.needs_data and task.withheld(subject) is None:
+            if step.needs_data:
                 if step.data_items not in seen:
-                    seen[step.data_items] = task.calibration(subject, step.data_items)
-                data = replace(
-                    seen[step.data_items],
+                    seen[step.data_items], told = calibration_for(subject, task, wanted.seed, step.data_items)
+                    notes += [told] if told and told not in notes else []
+                found = seen[step.data_items]
+                data = found and replace(
+                    found,
                     untouched=lambda: _load(baseline, workload).module,
                     tell=lambda text, doing=doing: self._tell(f"{doing}: {text}"),  # type: ignore[misc]
                 )
-            subject = step.apply(subject, data)
+            with telling(notes.append):
+                subject = step.apply(subject, data)
+        for note in notes:
+            self._tell(note)
         self._tell("saving the result")
         artefact.save(subject, folder)
-        return {"history": [asdict(step) for step in subject.history], "replicas": subject.replicas}
+        return {"history": [asdict(step) for step in subject.history], "replicas": subject.replicas, "notes": notes}
 
     def do_open(self, recipe: dict[str, Any], folder: str, workload: str | None) -> dict[str, Any]:
         """Open an artefact as the arm to measure."""

@@ -222,6 +222,7 @@ def _notes(recipe: Recipe, results: dict[str, Any], arms: _Arms) -> tuple[str, .
     notes = []
     if results["baseline"]["withheld"]:
         notes.append(f"quality is withheld: {results['baseline']['withheld']}")
+    notes += results["notes"]
     measured = {*arms.sampled.get(OPTIMIZED, {}), *arms.counted.get(OPTIMIZED, {})}
     unknown = [name for name in recipe.limits if name not in measured]
     if unknown:

@@ -55,7 +55,8 @@ class Stages:
                 if stage.startswith(_QUALITY)
             }
             sizes = self._folder.stage("sizes", lambda: {name: self._size(name) for name in names if name != AGAIN})
-        return {"baseline": baseline, "artefacts": sizes, "timing": timing, "opened": opened, "quality": quality}
+        notes = optimized.get("notes", [])
+        return {"baseline": baseline, "artefacts": sizes, "timing": timing, "opened": opened, "quality": quality, "notes": notes}
 
     def _measuring(self, baseline: dict[str, Any], references: list[str]) -> list[str]:
         """Return the names of the stages that need the arms to be open, in order; the baseline is judged before the others."""

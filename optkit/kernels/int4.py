@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from optkit.core.errors import TransformError
+from optkit.kernels.clipping import SHRINKS, search, search_symmetric
 from optkit.kernels.guards import dtype_named, refuse_non_finite, refuse_non_matrix, refuse_override, row_chunks
 from optkit.kernels.layout import groups_from_kernel, groups_to_kernel, pack_nibbles, unpack_nibbles
 from optkit.kernels.packed import Operands, PackedLinear
 
-GROUP_SIZES = (32, 64, 128)
-_LEVELS = 15
-_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+GROUP_SIZES = (32, 64, 128)  # those of common use
+GROUP_STEP = 32  # the kernels take any multiple of it
 
 
-def quantize_groups(weight: Tensor, group_size: int, clip_search: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_groups(
+    weight: Tensor, group_size: int, clip_search: bool = True, symmetric: bool = False, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return q (out, in / 2), two numbers 0..15 a byte with the even column low, and bfloat16 scale and point (out, in / group_size).
 
     The law: weight ~ (q - point) * scale within each group of ``group_size`` columns of a row, and q = round(weight / scale + point).
@@ -27,15 +29,24 @@ def quantize_groups(weight: Tensor, group_size: int, clip_search: bool = True) -
     Scale and point are rounded to bfloat16 before the numbers are chosen, so that rounding them costs next to nothing. A group of one
     value has that value as its scale.
 
+    Args:
+        weight: (out, in), floats.
+        group_size: columns that share a scale, a multiple of 32.
+        clip_search: whether smaller ranges are tried.
+        symmetric: the point is 8 everywhere, and a scale may be negative.
+        importance: (in,), positive: what a squared error in a column counts, such as the mean square of its inputs; None: all alike.
+
     Raises:
         TransformError: the group size does not divide the columns, the weight is no matrix, or it holds NaN or infinity.
     """
     refuse_non_matrix(weight)
     refuse_group_size(weight.shape[1], group_size)
-    parts = [_search(rows.reshape(len(rows), -1, group_size), _SHRINKS if clip_search else ()) for rows in row_chunks(weight)]
-    q, scale, point = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    find, shrinks = (search_symmetric if symmetric else search), (SHRINKS if clip_search else ())
+    counts = None if importance is None else importance.float().reshape(-1, group_size)
+    parts = [find(rows.reshape(len(rows), -1, group_size), shrinks, counts) for rows in row_chunks(weight)]
+    scale, point = torch.cat([part.scale for part in parts]), torch.cat([part.point for part in parts])
     refuse_non_finite(scale.float() + point.float())
-    return q, scale, point
+    return torch.cat([pack_nibbles(part.q.flatten(1)) for part in parts]), scale, point
 
 
 def dequantize_groups(q: Tensor, scale: Tensor, point: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,19 +62,23 @@ def int4_linear_reference(x: Tensor, q: Tensor, scale: Tensor, point: Tensor, bi
 
 
 def refuse_group_size(in_features: int, group_size: int) -> None:
-    """Refuse a group size that the kernels do not know or that does not divide the columns.
+    """Refuse a group size that is no multiple of 32, which the kernels need, or that does not divide the columns.
 
     Raises:
-        TransformError: the message names the sizes that would work.
+        TransformError: the message names sizes that would work.
     """
-    fitting = [size for size in GROUP_SIZES if in_features % size == 0]
-    if group_size in fitting:
+    if group_size > 0 and group_size % GROUP_STEP == 0 and in_features % group_size == 0:
         return
-    none = f"none of {', '.join(map(str, GROUP_SIZES))} does: exclude this layer or use int8"
-    remedy = f"use {' or '.join(map(str, fitting))}" if fitting else none
-    if group_size in GROUP_SIZES:
+    if in_features % GROUP_STEP:
+        remedy = f"no group size divides it, as all are multiples of {GROUP_STEP}: exclude this layer or use int8"
+    else:
+        fitting = dict.fromkeys([size for size in GROUP_SIZES if in_features % size == 0] + [in_features])
+        remedy = f"use {' or '.join(map(str, fitting))}"
+    if group_size > 0 and group_size % GROUP_STEP == 0:
         raise TransformError(f"group size {group_size} does not divide in_features {in_features}; {remedy}")
-    raise TransformError(f"group size {group_size} has no kernel for in_features {in_features}; {remedy}")
+    raise TransformError(
+        f"group size {group_size} has no kernel for in_features {in_features}, it is no multiple of {GROUP_STEP}; {remedy}"
+    )
 
 
 class Int4Linear(PackedLinear):
@@ -147,49 +162,3 @@ class Int4Linear(PackedLinear):
 
     def _operands(self) -> Operands:
         return Operands(group=self.group_size, float16=self.scale_dtype is torch.float16)
-
-
-def _search(groups: Tensor, shrinks: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize float32 (rows, groups, group_size); see ``quantize_groups``."""
-    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
-    best = _round(groups, (high / _LEVELS - low / _LEVELS), low)
-    for shrink in shrinks:
-        middle, reach = (low / 2 + high / 2), (high / 2 - low / 2) * shrink
-        trial = _round(groups, reach * 2 / _LEVELS, middle - reach)
-        best = _better(best, _better(trial, _fit(groups, trial.q)))
-    return pack_nibbles(best.q.flatten(1)), best.scale, best.point
-
-
-class _Trial(NamedTuple):
-    q: Tensor  # uint8 (rows, groups, group_size)
-    scale: Tensor  # bfloat16 (rows, groups), as point
-    point: Tensor
-    error: Tensor  # float32 (rows, groups): the squared error
-
-
-def _round(groups: Tensor, scale: Tensor, low: Tensor) -> _Trial:
-    """Quantize with a scale, and with 0 standing for ``low``."""
-    level = scale.abs() <= low.abs() * 2**-20  # too little range for the point to be a number of use
-    scale = torch.where(level, low, scale).to(torch.bfloat16)
-    step = scale.float()
-    whole = torch.where(step != 0, step, 1)
-    point = torch.where(level, 0, -low / whole).to(torch.bfloat16)
-    base = point.float()[..., None]
-    numbers = (groups / whole[..., None]).add_(base).round_().clamp_(0, _LEVELS)
-    error = (numbers - base).mul_(step[..., None]).sub_(groups).square_().sum(dim=-1)
-    return _Trial(numbers.to(torch.uint8), scale, point, error)
-
-
-def _fit(groups: Tensor, q: Tensor) -> _Trial:
-    """Fit scale and point to given numbers by least squares, then round anew."""
-    numbers = q.float()
-    mean, center = numbers.mean(dim=-1, keepdim=True), groups.mean(dim=-1, keepdim=True)
-    spread = (numbers - mean).square().sum(dim=-1)
-    scale = ((numbers - mean) * (groups - center)).sum(dim=-1) / torch.where(spread > 0, spread, 1)
-    return _round(groups, scale, center[..., 0] - scale * mean[..., 0])
-
-
-def _better(one: _Trial, other: _Trial) -> _Trial:
-    wins = other.error < one.error
-    pick = torch.where(wins[..., None], other.q, one.q)
-    return _Trial(pick, *(torch.where(wins, new, old) for old, new in zip(one[1:], other[1:], strict=True)))

@@ -1,4 +1,4 @@
-"""Twelve architectures by five transforms of weights: every cell works from apply to greedy tokens, or is refused by name."""
+"""Twelve architectures by eight transforms of weights: every cell works from apply to greedy tokens, or is refused by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import optkit
 from optkit.core.errors import OptkitError, TransformError
-from optkit.core.subject import Subject
+from optkit.core.subject import Calibration, Subject
 from optkit.core.targets import Targets
 from optkit.engines import EagerEngine, KvCacheEngine
 from optkit.kernels.packed import PackedLinear
@@ -59,20 +59,21 @@ TRANSFORMS: dict[str, Transform] = {
     "dtype": Dtype(dtype="bfloat16"),
     "int8": Int8(),
     "int4": Int4(group_size=32),
+    "hqq": Int4(group_size=32, method="hqq"),
+    "awq": Int4(group_size=32, method="awq"),
+    "gptq": Int4(group_size=32, method="gptq"),
     "magnitude": Magnitude(),
     "drop_layers": DropLayers(layers=(1,)),
 }
 EXPERTS = "cannot reach 3 layers .*MixtralExperts.*exclude"
-REFUSED = {
-    ("mixtral", "int8"): EXPERTS,
-    ("mixtral", "int4"): EXPERTS,
-    ("mixtral", "magnitude"): EXPERTS,
-}
+PACKING = ("int8", "int4", "hqq", "awq", "gptq")
+REFUSED = {("mixtral", transform): EXPERTS for transform in (*PACKING, "magnitude")}
 REMEDY = {"mixtral": Targets(exclude=("*.experts",))}
 CELLS = [(model, transform) for model in ARCHITECTURES for transform in TRANSFORMS]
 WORKING = [cell for cell in CELLS if cell not in REFUSED]
 Greedy = Callable[[Subject, Tensor, int], tuple[Tensor, Tensor]]
 Logits = Callable[[nn.Module], Tensor]
+pytestmark = pytest.mark.filterwarnings("ignore:awq. nothing can take a scale:optkit.core.errors.OptkitWarning")
 
 
 def build(name: str) -> nn.Module:
@@ -84,7 +85,7 @@ def build(name: str) -> nn.Module:
     return module
 
 
-def check_whole_way(transform: Transform, name: str, folder: Path, logits: Logits) -> tuple[Subject, Tensor]:
+def check_whole_way(transform: Transform, name: str, folder: Path, logits: Logits, data: Calibration) -> tuple[Subject, Tensor]:
     """Check on shapes, apply, save, open again: shapes as foretold, logits equal and not those of the untouched model."""
     with torch.device("meta"):
         outline = Subject(build(name), name)
@@ -92,7 +93,7 @@ def check_whole_way(transform: Transform, name: str, folder: Path, logits: Logit
         foretold = transform.preview(outline).module.state_dict()
     whole = Subject(build(name), name)
     untouched = logits(whole.module)
-    changed = transform.apply(whole)
+    changed = transform.apply(whole, data)
     assert {key: tensor.shape for key, tensor in changed.module.state_dict().items()} == {
         key: tensor.shape for key, tensor in foretold.items()
     }
@@ -123,8 +124,10 @@ def check_greedy(subject: Subject, prompt: Tensor, greedy: Greedy) -> None:
 
 
 @pytest.mark.parametrize(("name", "transform"), WORKING, ids=["-".join(cell) for cell in WORKING])
-def test_a_cell_works_the_whole_way(name: str, transform: str, ids: Tensor, logits: Logits, greedy: Greedy, tmp_path: Path) -> None:
-    again, answers = check_whole_way(TRANSFORMS[transform], name, tmp_path / "saved", logits)
+def test_a_cell_works_the_whole_way(
+    name: str, transform: str, ids: Tensor, logits: Logits, greedy: Greedy, calibration: Calibration, tmp_path: Path
+) -> None:
+    again, answers = check_whole_way(TRANSFORMS[transform], name, tmp_path / "saved", logits, calibration)
     if TRANSFORMS[transform].opens_in == "transformers":
         from transformers import AutoModelForCausalLM
 
@@ -147,10 +150,10 @@ def test_a_cell_is_refused_by_name_on_shapes_alone_and_before_a_weight_changes(n
 
 @pytest.mark.parametrize(("name", "transform"), list(REFUSED), ids=["-".join(cell) for cell in REFUSED])
 def test_a_refused_cell_works_with_the_remedy_that_its_message_names(
-    name: str, transform: str, ids: Tensor, logits: Logits, greedy: Greedy, tmp_path: Path
+    name: str, transform: str, ids: Tensor, logits: Logits, greedy: Greedy, calibration: Calibration, tmp_path: Path
 ) -> None:
     remedied = TRANSFORMS[transform].model_copy(update={"targets": REMEDY[name]})
-    again, _ = check_whole_way(remedied, name, tmp_path / "saved", logits)
+    again, _ = check_whole_way(remedied, name, tmp_path / "saved", logits, calibration)
     check_greedy(again, ids, greedy)
 
 
@@ -168,6 +171,6 @@ def test_every_architecture_generates_from_a_quantized_cache(name: str, ids: Ten
     assert rounded.cache_bytes() < 0.4 * plain.cache_bytes()
 
 
-def test_the_table_has_twelve_rows_and_five_columns_and_few_refusals() -> None:
-    assert len(CELLS) == 60
-    assert len(REFUSED) == 3
+def test_the_table_has_twelve_rows_and_eight_columns_and_few_refusals() -> None:
+    assert len(CELLS) == 96
+    assert len(REFUSED) == 6

@@ -24,7 +24,9 @@ def refuse_embedding(module: nn.Module, targets: Targets, doing: str) -> None:
         return
     if multiplier_of(embedding) is None or embedding.max_norm is not None:
         kind = type(embedding).__name__
-        raise TransformError(f"embedding: {doing} cannot pack {name}: {kind} computes more than a look-up times a number; leave the setting out")
+        raise TransformError(
+            f"embedding: {doing} cannot pack {name}: {kind} computes more than a look-up times a number; leave the setting out"
+        )
     layers = candidates(module)
     twins = {other for other, layer in layers.items() if layer._parameters["weight"] is embedding.weight}
     left = sorted(twins.difference(targets.select(layers, hidden_weights(module))))

@@ -72,7 +72,9 @@ class Int8(Transform):
 
     def _check_module(self, module: nn.Module) -> dict[str, nn.Module]:
         """Return the layers to pack; a bare linear layer has the empty name."""
-        layers: dict[str, nn.Module] = {"": module} if isinstance(module, nn.Linear) else selected(module, self.targets, "int8", recurrent=True)
+        layers: dict[str, nn.Module] = (
+            {"": module} if isinstance(module, nn.Linear) else selected(module, self.targets, "int8", recurrent=True)
+        )
         if self.embedding:
             refuse_embedding(module, self.targets, "int8")
         if self.head == "w8a8":
@@ -87,7 +89,11 @@ class Int8(Transform):
         if self.activations == "none":
             return []
         head = output_head(module) if self.head == "int8" else None
-        return [name for name, layer in layers.items() if name != head and type(layer) not in RECURRENT and tied_embedding(module, layer) is None]
+        return [
+            name
+            for name, layer in layers.items()
+            if name != head and type(layer) not in RECURRENT and tied_embedding(module, layer) is None
+        ]
 
     def _pack(self, scale: float | None) -> Pack:
         def pack(weight: Tensor, bias: Tensor | None) -> nn.Linear:
