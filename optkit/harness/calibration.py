@@ -11,7 +11,7 @@ _BATCHES, _TOGETHER, _WINDOW = 2, 4, 512
 
 
 def calibration_for(subject: Subject, task: Task, seed: int, items: int) -> tuple[Calibration | None, str]:
-    """Return at least ``items`` windows of data, fewer of random tokens, or None where there can be none; and what is to be told about it."""
+    """Return ``items`` windows of data, fewer of random tokens, or None where there can be none; and what is to be told about it."""
     withheld = task.withheld(subject)
     if withheld is None:
         return task.calibration(subject, items), ""

@@ -39,7 +39,7 @@ def test_a_module_that_reads_no_tokens_gets_none() -> None:
 
 def test_a_model_that_is_judged_gets_the_data_of_its_task(subject: Subjects, calibration: Calibration) -> None:
     class Given(LanguageModeling):
-        def calibration(self, subject: Subject) -> Calibration:
+        def calibration(self, subject: Subject, items: int = 32) -> Calibration:
             return calibration
 
     assert calibration_for(subject(), Given(), 0, 32) == (calibration, "")
