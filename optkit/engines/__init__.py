@@ -8,35 +8,33 @@ from optkit.engines.compiled import CompiledEngine, CompiledForward
 from optkit.engines.contract import Engine, ForwardEngine
 from optkit.engines.eager import EagerEngine, EagerForward
 from optkit.engines.kv_cache import KvCacheEngine
-from optkit.engines.native import refusal
-from optkit.engines.native_score import NativeEngine
+from optkit.engines.native import NativeEngine, refusal
 
 
 def engine_for(subject: Subject) -> Engine | ForwardEngine:
     """Return an engine that can execute the subject: its own forward, unless its history has a ``compile`` or a ``kv_cache``.
 
     Raises:
-        TransformError: it has both.
+        TransformError: it has both, and the native step cannot run them.
     """
     backend = next((step.settings["backend"] for step in subject.history if step.name == "compile"), None)
     cache = next((step.settings for step in subject.history if step.name == "kv_cache"), None)
-    if cache is not None:
-        if backend is not None:
-            raise TransformError("compiled steps keep their own cache of floats; leave out compile or kv_cache")
-        return KvCacheEngine(subject.module, **cache)
     if subject.kind != "causal-lm":
         return EagerForward(subject.module) if backend is None else CompiledForward(subject.module)
     if backend is None:
-        return EagerEngine(subject.module)
+        return EagerEngine(subject.module) if cache is None else KvCacheEngine(subject.module, **cache)
     if backend == "native" or (backend == "auto" and refusal(subject.module) is None):
-        return NativeEngine(subject.module)
+        return NativeEngine(subject.module, cache)
+    if cache is not None:
+        raise TransformError("graphs of torch.compile keep their own cache of floats; leave out compile or kv_cache")
     return CompiledEngine(subject.module)
 
 
 def told(engine: Engine | ForwardEngine) -> str | None:
     """Return how the engine executes, for a report; None for the model's own forward."""
     if isinstance(engine, NativeEngine):
-        return "steps of one token in one call of optkit's kernels, in float32; prompts by the model's own forward"
+        kept = f", keys and values in {engine.cache_bits} bits" if engine.cache_bits else ""
+        return f"steps of one token in one call of optkit's kernels, in float32{kept}; prompts by the model's own forward"
     if isinstance(engine, KvCacheEngine):
         recent = f", the {engine.keep_recent} most recent positions as they are" if engine.keep_recent else ""
         return f"the model's own forward, keys and values kept in {engine.bits} bits{recent} and given to attention as floats"

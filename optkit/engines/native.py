@@ -1,10 +1,11 @@
 """Steps of one token in a single call of the kernels, for decoders of the Llama kind. Prompts go through the model's own forward.
 
-Activations, keys and values of the steps are float32, whatever the weights are.
+Activations of the steps are float32, whatever the weights are; so are keys and values, unless the cache is quantized.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from optkit.core.errors import TransformError
 from optkit.engines.eager import EagerEngine
+from optkit.engines.held import held_bytes
+from optkit.engines.kv_cache import KvCacheEngine
 from optkit.kernels.decoder import BlockParts, Decoder, DecoderParts
 from optkit.kernels.native import explain, native
 
@@ -20,23 +23,27 @@ _LANES, _WIDEST_HEAD, _MOST_SHARING = 16, 512, 64
 _ROUND_TO = 256
 _MOVING_ROTATIONS = ("dynamic", "longrope")
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}  # a mistake gives about 1
+_TOLERANCE_PACKED = 0.05  # where a number of the cache may fall to the other side
 
 
 class NativeEngine:
     """Generates like ``EagerEngine``, and is compared with it once before it serves."""
 
-    def __init__(self, module: nn.Module) -> None:
-        """Take a causal language model.
+    def __init__(self, module: nn.Module, cache: Mapping[str, Any] | None = None) -> None:
+        """Take a causal language model, and the settings of ``kv_cache`` where its cache is quantized.
 
         Raises:
             TransformError: it is not one that the kernels know; see ``refusal``.
         """
-        reason = refusal(module)
+        reason = refusal(module, cache)
         if reason is not None:
             raise TransformError(f"the native step cannot run this model: {reason}")
         self.module = module.eval()
-        self._eager = EagerEngine(module)
+        self.cache_bits = 0 if cache is None else int(cache["bits"])
+        self._cache = cache
+        self._eager = self._plain()
         self._parts = _parts(module)
+        self._groups = 1 if cache is None else self._parts.head_size // (cache["group_size"] or self._parts.head_size)
         self._embed: Any = module.get_input_embeddings()  # type: ignore[operator]
         self._decoder: Decoder | None = None
         self._batch = self._position = 0
@@ -49,9 +56,12 @@ class NativeEngine:
         self._batch, self._position = input_ids.shape
         decoder = self._room_for(self._batch, self._position + 1)
         for layer, keys, values in zip(self._eager.cache.layers, decoder.keys, decoder.values, strict=True):
-            kept = layer.keys.shape[2]  # a sliding window keeps the last positions alone
-            keys[:, :, self._position - kept : self._position] = layer.keys
-            values[:, :, self._position - kept : self._position] = layer.values
+            if self.cache_bits:
+                _fill(keys, layer.packed_keys, self._position)
+                _fill(values, layer.packed_values, self._position)
+            else:
+                _fill(keys, (layer.keys,), self._position)
+                _fill(values, (layer.values,), self._position)
         self._eager.reset()
         return logits
 
@@ -63,9 +73,20 @@ class NativeEngine:
         self._position += 1
         return logits
 
+    def score(self, input_ids: Tensor) -> Tensor:
+        """Return the (b, t, v) logits of (b, t) input ids, by the model's own forward; a quantized cache takes part."""
+        return self._eager.score(input_ids)
+
+    def cache_bytes(self) -> int:
+        """Return the bytes of the request's keys and values, the room for later positions included."""
+        return held_bytes((self._decoder.keys, self._decoder.values)) if self._decoder is not None and self._batch else 0
+
     def reset(self) -> None:
         """Forget the cache."""
         self._batch = self._position = 0
+
+    def _plain(self) -> EagerEngine:
+        return EagerEngine(self.module) if self._cache is None else KvCacheEngine(self.module, **self._cache)
 
     def _room_for(self, batch: int, positions: int) -> Decoder:
         """Return a decoder for so many positions; what the last one held of these sequences is kept."""
@@ -74,11 +95,10 @@ class NativeEngine:
             return old
         capacity = -(-max(positions, 2 * old.capacity if old is not None and old.batch == batch else 0) // _ROUND_TO) * _ROUND_TO
         cosine, sine = _rotation(self.module, capacity)
-        made = Decoder(self._parts, batch, cosine, sine)
+        made = Decoder(self._parts, batch, cosine, sine, self.cache_bits, self._groups)
         if old is not None and old.batch == batch:
-            for before, after in ((old.keys, made.keys), (old.values, made.values)):
-                for small, large in zip(before, after, strict=True):
-                    large[:, :, : old.capacity] = small
+            for before, after in zip((*old.keys, *old.values), (*made.keys, *made.values), strict=True):
+                _fill(after, before, old.capacity)
         self._decoder = made
         return made
 
@@ -86,7 +106,7 @@ class NativeEngine:
         """Refuse to serve where a few steps do not give what the model's own forward gives."""
         vocabulary = self._parts.head.out_features
         ids = torch.arange(8, dtype=torch.long).mul(7919).remainder(vocabulary)[None]
-        plain = EagerEngine(self.module)
+        plain = self._plain()
         self.prefill(ids[:, :4])
         plain.prefill(ids[:, :4])
         worst = 0.0
@@ -95,12 +115,13 @@ class NativeEngine:
             worst = max(worst, float((mine - other).norm() / other.norm().clamp_min(1e-30)))
         self.reset()
         dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
-        if not worst <= _TOLERANCE.get(dtype, 1e-3):
+        tolerance = _TOLERANCE.get(dtype, 1e-3)
+        if not worst <= (max(tolerance, _TOLERANCE_PACKED) if self.cache_bits else tolerance):
             raise TransformError(f"the native step differs from the model's own by {worst:.1e} of the logits' norm; leave it out")
 
 
-def refusal(module: nn.Module) -> str | None:
-    """Return why the native step cannot run this model, or None where it can."""
+def refusal(module: nn.Module, cache: Mapping[str, Any] | None = None) -> str | None:
+    """Return why the native step cannot run this model with these settings of ``kv_cache``, or None where it can."""
     config = getattr(module, "config", None)
     family = getattr(config, "model_type", type(module).__name__)
     if config is None or family not in FAMILIES:
@@ -114,9 +135,35 @@ def refusal(module: nn.Module) -> str | None:
         f"rotation {rotation}": rotation in _MOVING_ROTATIONS,
         f"hidden size {config.hidden_size}, no multiple of {_LANES}": config.hidden_size % _LANES != 0,
         f"{attention.num_key_value_groups} heads that share keys": attention.num_key_value_groups > _MOST_SHARING,
+        **(_cache_faults(cache, attention.head_dim) if cache is not None else {}),
         f"head size {attention.head_dim}": attention.head_dim % _LANES != 0 or attention.head_dim > _WIDEST_HEAD,
     }
     return next((reason for reason, found in wrong.items() if found), None)
+
+
+def refuse_compiled_cache(module: nn.Module, backend: str, cache: Mapping[str, Any]) -> None:
+    """Refuse a quantized cache together with compiled steps, where the native step is not asked for or cannot run it.
+
+    Raises:
+        TransformError: with the reason, and what to leave out.
+    """
+    reason = "graphs of torch.compile keep floats" if backend == "inductor" else refusal(module, cache)
+    if reason is not None:
+        raise TransformError(f"compiled steps cannot keep this quantized cache: {reason}; leave out compile or kv_cache")
+
+
+def _cache_faults(cache: Mapping[str, Any], head_size: int) -> dict[str, bool]:
+    group, step = cache["group_size"] or head_size, _LANES * 8 // cache["bits"]
+    return {
+        f"keep_recent {cache['keep_recent']}, and the step packs every position": cache["keep_recent"] > 0,
+        f"groups of {group} channels, no multiple of {step}": group % step != 0,
+    }
+
+
+def _fill(into: tuple[Tensor, ...], kept: tuple[Tensor, ...], end: int) -> None:
+    """Copy (b, h, n, ...) tensors to the n positions before ``end``; a sliding window keeps the last positions alone."""
+    for large, small in zip(into, kept, strict=True):
+        large[:, :, end - small.shape[2] : end] = small
 
 
 def _parts(module: Any) -> DecoderParts:

@@ -75,8 +75,8 @@ class DecoderParts:
 class Decoder:
     """Keys and values of some sequences of equal length, and the step that adds one token to each."""
 
-    def __init__(self, parts: DecoderParts, batch: int, cosine: Tensor, sine: Tensor) -> None:
-        """Take float32 cosine and sine (capacity, head_size).
+    def __init__(self, parts: DecoderParts, batch: int, cosine: Tensor, sine: Tensor, kv_bits: int = 0, kv_groups: int = 1) -> None:
+        """Take float32 cosine and sine (capacity, head_size); keys and values are float32, or in ``kv_bits`` 8 or 4 as ``kv.Packed`` tells.
 
         Raises:
             MissingError: the compiled kernels are not here.
@@ -87,9 +87,9 @@ class Decoder:
         self._native = found
         self._kept: list[object] = [parts]
         self.capacity, self.batch = len(cosine), batch
-        size = (batch, parts.kv_heads, self.capacity, parts.head_size)
-        self.keys = [torch.zeros(size) for _ in parts.blocks]
-        self.values = [torch.zeros(size) for _ in parts.blocks]
+        places = (batch, parts.kv_heads, self.capacity)
+        self.keys = [_empty_cache(places, parts.head_size, kv_bits, kv_groups) for _ in parts.blocks]
+        self.values = [_empty_cache(places, parts.head_size, kv_bits, kv_groups) for _ in parts.blocks]
         blocks = [self._block(part, keys, values) for part, keys, values in zip(parts.blocks, self.keys, self.values, strict=True)]
         self._blocks = (_Block * len(blocks))(*blocks)
         self._vocabulary = parts.head.out_features
@@ -109,6 +109,8 @@ class Decoder:
             capacity=self.capacity,
             epsilon=parts.epsilon,
             scale=parts.scale,
+            kv_bits=kv_bits,
+            kv_groups=kv_groups,
         )
         self._threads = torch.get_num_threads()
         self._room = torch.empty(found.decoder_room(ctypes.addressof(self._struct), batch, self._threads))
@@ -134,10 +136,16 @@ class Decoder:
             raise IndexError(f"position {position} is beyond the {self.capacity} positions of the cache")
         return logits
 
-    def _block(self, part: BlockParts, keys: Tensor, values: Tensor) -> _Block:
+    def _block(self, part: BlockParts, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> _Block:
         norms = {name: self._floats(getattr(part, name)) for name in ("input_norm", "attention_norm", "query_norm", "key_norm")}
         products = {name: self._dense(getattr(part, name)) for name in ("query", "key", "value", "output", "gate", "up", "down")}
-        return _Block(**norms, **products, keys=keys.data_ptr(), values=values.data_ptr(), window=part.window)
+        fields = ("keys", "key_scale", "key_low"), ("values", "value_scale", "value_low")
+        kept = {
+            name: tensor.data_ptr()
+            for names, parts in zip(fields, (keys, values), strict=True)
+            for name, tensor in zip(names, parts, strict=False)  # floats are alone, numbers have scales and lows
+        }
+        return _Block(**norms, **products, **kept, window=part.window)
 
     def _dense(self, layer: nn.Linear) -> _Dense:
         bias = self._floats(layer.bias)
@@ -159,3 +167,10 @@ class Decoder:
         wide = tensor.detach().float().contiguous()
         self._kept.append(wide)
         return wide.data_ptr()
+
+
+def _empty_cache(places: tuple[int, int, int], head_size: int, bits: int, groups: int) -> tuple[Tensor, ...]:
+    if not bits:
+        return (torch.zeros(*places, head_size),)
+    numbers = torch.zeros(*places, head_size * bits // 8, dtype=torch.uint8)
+    return (numbers, *(torch.zeros(*places, groups, dtype=torch.bfloat16) for _ in range(2)))

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from optkit.core.errors import TransformError
-from optkit.engines import EagerEngine, NativeEngine
+from optkit.core.subject import Subject
+from optkit.engines import EagerEngine, KvCacheEngine, NativeEngine, engine_for, told
 from optkit.engines import native as home
 from optkit.engines.native import FAMILIES, refusal
 from optkit.kernels.native import native
-from optkit.transforms import Dtype, Int4, Int8
+from optkit.transforms import Compile, Dtype, Int4, Int8, KvCache, Plan
 
 needs_kernels = pytest.mark.skipif(native() is None, reason="the compiled kernels are not here")
 
@@ -48,9 +49,9 @@ def build() -> Callable[..., nn.Module]:
     return make
 
 
-def worst(module: nn.Module, batch: int, prompt: int, steps: int) -> float:
+def worst(module: nn.Module, batch: int, prompt: int, steps: int, cache: dict[str, Any] | None = None) -> float:
     """Return the largest error of the steps' logits, relative to their norm, against the model's own steps."""
-    fast, plain = NativeEngine(module), EagerEngine(module)
+    fast, plain = NativeEngine(module, cache), EagerEngine(module) if cache is None else KvCacheEngine(module, **cache)
     ids = torch.randint(0, 96, (batch, prompt + steps))
     assert torch.equal(fast.prefill(ids[:, :prompt]), plain.prefill(ids[:, :prompt]))
     found = 0.0
@@ -151,3 +152,70 @@ def test_a_step_for_another_number_of_sequences_is_refused(build: Any) -> None:
     engine.prefill(torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="do not fit 2 sequences"):
         engine.step(torch.zeros(3, dtype=torch.long))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (8, 16), (4, None), (4, 32)])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_a_packed_cache_gives_the_logits_of_the_packed_cache_in_python(build: Any, family: str, bits: int, group_size: int | None) -> None:
+    changes = {"head_dim": 64, "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "initializer_range": 0.05}
+    window = {"sliding_window": 8} if family == "mistral" else {}
+    cache = {"bits": bits, "group_size": group_size, "keep_recent": 0}
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            assert worst(build(family, **changes, **window), 2, prompt=5, steps=12, cache=cache) < (2e-3 if bits == 8 else 5e-2)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_the_step_keeps_is_what_python_would_keep(build: Any, bits: int) -> None:
+    module = build("llama", head_dim=32)
+    cache = {"bits": bits, "group_size": None, "keep_recent": 0}
+    fast, plain = NativeEngine(module, cache), KvCacheEngine(module, **cache)
+    ids = torch.randint(0, 96, (2, 9))
+    for engine in (fast, plain):
+        engine.prefill(ids[:, :4])
+        for column in ids[:, 4:].T:
+            engine.step(column)
+    assert fast._decoder is not None
+    mine, other = fast._decoder.keys[0], plain.cache.layers[0].packed_keys
+    equal = (mine[0][:, :, :9] == other[0]).double().mean()
+    assert equal > 0.99  # one in a thousand may fall to the other side
+    for ours, theirs in zip(mine[1:], other[1:], strict=True):
+        torch.testing.assert_close(ours[:, :, :9].float(), theirs.float(), rtol=2**-7, atol=1e-6)
+    assert fast.cache_bytes() == 2 * 3 * 2 * 2 * 256 * (32 * bits // 8 + 4)
+
+
+@needs_kernels
+def test_a_packed_cache_grows(build: Any) -> None:
+    assert worst(build("llama", head_dim=32), 1, prompt=250, steps=12, cache={"bits": 8, "group_size": None, "keep_recent": 0}) < 2e-3
+
+
+@needs_kernels
+def test_a_compiled_step_keeps_a_quantized_cache_where_it_can(build: Any) -> None:
+    subject = Subject(build("llama", head_dim=32), "llama")
+    for first, second in ((Compile(), KvCache(bits=4)), (KvCache(bits=4), Compile())):
+        second.check(Plan(first.apply(subject)))
+        engine = engine_for(second.apply(first.apply(subject)))
+        assert isinstance(engine, NativeEngine) and "in 4 bits" in (told(engine) or "")
+    assert refusal(subject.module, {"bits": 4, "group_size": 16, "keep_recent": 0}) == "groups of 16 channels, no multiple of 32"
+    with pytest.raises(TransformError, match="keep_recent 4"):
+        KvCache(keep_recent=4).check(Plan(Compile().apply(subject)))
+    with pytest.raises(TransformError, match=r"graphs of torch\.compile keep floats"):
+        KvCache().check(Plan(Compile(backend="inductor").apply(subject)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 2])
+def test_integer_activations_run_within_the_step(build: Any, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for batch in (1, 3, 14):
+            assert worst(Int8(activations="dynamic").apply(build("qwen2", hidden_size=80)), batch, prompt=5, steps=6) < 2e-2
+    finally:
+        torch.set_num_threads(before)

@@ -12,7 +12,7 @@ from torch import nn
 
 from optkit.core.errors import TransformError
 from optkit.core.subject import Calibration, Subject
-from optkit.engines.native import refusal
+from optkit.engines.native import refusal, refuse_compiled_cache
 from optkit.transforms.contract import Plan, Stage, Transform
 
 
@@ -26,11 +26,12 @@ class Compile(Transform):
     )
 
     def check(self, plan: Plan) -> None:
-        """Refuse the native step where it does not know the model, a second compile, and a quantized cache."""
+        """Refuse the native step where it does not know the model, a second compile, and a quantized cache that it cannot keep."""
         if any(step.name == self.step().name for step in plan.subject.history):
             raise TransformError("the model is compiled already; name compile once")
-        if any(step.name == "kv_cache" for step in plan.subject.history):
-            raise TransformError("compiled steps keep their own cache of floats, and kv_cache stands before; leave out compile or kv_cache")
+        cache = next((step.settings for step in plan.subject.history if step.name == "kv_cache"), None)
+        if cache is not None:
+            refuse_compiled_cache(plan.subject.module, self.backend, cache)
         reason = refusal(plan.subject.module) if self.backend == "native" else None
         if reason is not None:
             raise TransformError(f"the native step cannot run this model: {reason}; use backend: inductor")

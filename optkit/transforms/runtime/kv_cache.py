@@ -14,6 +14,7 @@ from torch import nn
 from optkit.core.errors import TransformError
 from optkit.core.subject import Calibration, Subject
 from optkit.engines.kv_cache import refusal
+from optkit.engines.native import refuse_compiled_cache
 from optkit.transforms.contract import Plan, Stage, Transform
 
 
@@ -31,17 +32,17 @@ class KvCache(Transform):
     )
 
     def check(self, plan: Plan) -> None:
-        """Refuse models whose past is not keys and values, groups that do not divide a head, compiled steps, and a second cache."""
-        history = {step.name for step in plan.subject.history}
+        """Refuse models whose past is not keys and values, groups that do not divide a head, a second cache, and graphs."""
+        history = {step.name: step.settings for step in plan.subject.history}
         if plan.subject.kind != "causal-lm":
             raise TransformError("the model does not generate, so it keeps no keys and values; leave kv_cache out")
-        if "compile" in history:
-            raise TransformError("compiled steps keep their own cache of floats, and compile stands before; leave out compile or kv_cache")
         if self.step().name in history:
             raise TransformError("the cache is quantized already; name kv_cache once")
         reason = refusal(plan.subject.module, self.bits, self.group_size)
         if reason is not None:
             raise TransformError(reason)
+        if "compile" in history:
+            refuse_compiled_cache(plan.subject.module, history["compile"]["backend"], self.model_dump())
 
     @overload
     def apply(self, model: Subject, data: Calibration | None = None) -> Subject: ...
