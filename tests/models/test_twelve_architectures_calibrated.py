@@ -64,7 +64,7 @@ def test_a_cell_works_from_check_to_an_artefact(
 
 
 @pytest.mark.parametrize("transform", ["dynamic", "static", "mixed"])
-@pytest.mark.parametrize("name", ["mixtral", "gemma3"])
+@pytest.mark.parametrize("name", ["mixtral"])
 def test_what_int8_refuses_is_refused_here_with_the_same_remedy(name: str, transform: str) -> None:
     words = twelve.REFUSED[name, "int8"]
     with torch.device("meta"), pytest.raises(OptkitError, match=words):

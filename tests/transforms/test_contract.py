@@ -221,7 +221,7 @@ def test_a_bare_linear_layer_is_changed_saved_and_opened_again(name: str, tmp_pa
 @pytest.mark.parametrize("name", sorted(NOT_FOR_BARE_MODULES))
 def test_what_a_bare_module_cannot_have_is_refused(name: str, mlp: Callable[[], nn.Module]) -> None:
     with pytest.raises(TransformError, match=NOT_FOR_BARE_MODULES[name]):
-        make(name).apply(mlp())
+        applied(name, mlp())
 
 
 def test_in_a_composition_each_transform_finds_what_the_one_before_left(subject: Subjects) -> None:
