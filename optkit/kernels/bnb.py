@@ -1,4 +1,4 @@
-"""Linear layers of bitsandbytes: 4-bit blocks (NF4, FP4) and LLM.int8(). The arithmetic is theirs; the saved tensors are plain and stay exact.
+"""Linear layers of bitsandbytes: 4-bit blocks (NF4, FP4) and LLM.int8(). The arithmetic is theirs; what is saved stays exact.
 
 On CPUs with AVX512-BF16 their 4-bit layer repacks its weight at the first forward and rounds the block maxima, for good. Here the
 originals are kept beside it, so what is saved after a forward is what was quantized.
@@ -76,6 +76,7 @@ class BitsandbytesLinear(nn.Linear):
 
     saved: ClassVar[Mapping[str, str]]  # our buffers, and the names in a state
     compute_dtype: torch.dtype
+    numbers: Tensor
 
     def __init__(self, tensors: Mapping[str, Tensor], bias: Tensor | None, sizes: tuple[int, int], compute_dtype: torch.dtype) -> None:
         nn.Module.__init__(self)  # not that of nn.Linear, which would make a float weight
@@ -85,7 +86,7 @@ class BitsandbytesLinear(nn.Linear):
             if name in tensors:
                 self.register_buffer(name, tensors[name])
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False))
-        self._runner: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no child of this module
+        self._runner: tuple[Any, ...] = ()  # in a tuple, so that it is no child of this module
 
     @abstractmethod
     def layout(self) -> dict[str, Any]:
@@ -96,7 +97,7 @@ class BitsandbytesLinear(nn.Linear):
         """Return the weight (out_features, in_features) as bitsandbytes computes it."""
 
     @abstractmethod
-    def _make_runner(self) -> nn.Module: ...
+    def _make_runner(self) -> Any: ...
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -119,7 +120,7 @@ class BitsandbytesLinear(nn.Linear):
             self._runner = (self._make_runner().eval(),)  # in either mode: their 4-bit layer rounds otherwise while it trains
         return self._run(self._runner[0], input)
 
-    def _run(self, runner: nn.Module, input: Tensor) -> Tensor:
+    def _run(self, runner: Any, input: Tensor) -> Tensor:
         output: Tensor = runner(input)
         return output
 
@@ -177,6 +178,7 @@ class Bits4Linear(BitsandbytesLinear):
         "nested_quant_map": "weight.nested_quant_map",
         "text": "weight.quant_state.bitsandbytes__{format}",
     }
+    text: Tensor
 
     def __init__(
         self,
@@ -205,9 +207,7 @@ class Bits4Linear(BitsandbytesLinear):
         refuse_sizes(weight.shape[1], weight.shape[0], block_size)
         refuse_non_finite(weight)
         quantize = bitsandbytes().functional.quantize_4bit
-        numbers, state = quantize(
-            weight.detach().contiguous(), blocksize=block_size, compress_statistics=double_quant, quant_type=format
-        )
+        numbers, state = quantize(weight.detach().contiguous(), blocksize=block_size, compress_statistics=double_quant, quant_type=format)
         parts = state.as_dict(packed=True)
         text = parts.pop(f"quant_state.bitsandbytes__{format}")
         tensors = {name: tensor.clone() for name, tensor in parts.items()}  # the map is one tensor for all layers, and each saves its own
@@ -265,17 +265,17 @@ class Bits4Linear(BitsandbytesLinear):
         text = json.loads(bytes(self.text.tolist()).decode())
         return bitsandbytes().functional.QuantState.from_dict(parts | text, device=self.text.device)
 
-    def _make_runner(self) -> nn.Module:
+    def _make_runner(self) -> Any:
         layers, state = bitsandbytes().nn, self._quant_state()
         with torch.device("meta"):
-            runner: nn.Module = layers.Linear4bit(self.in_features, self.out_features, bias=False, compute_dtype=self.compute_dtype)
+            runner = layers.Linear4bit(self.in_features, self.out_features, bias=False, compute_dtype=self.compute_dtype)
         settings = {"blocksize": self.block_size, "compress_statistics": self.double_quant, "quant_type": self.format}
         runner.weight = layers.Params4bit(self.numbers, requires_grad=False, quant_state=state, bnb_quantized=True, **settings)
         runner.quant_state = state
         runner.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return runner
 
-    def _run(self, runner: nn.Module, input: Tensor) -> Tensor:
+    def _run(self, runner: Any, input: Tensor) -> Tensor:
         output = super()._run(runner, input)
         if self._buffers["numbers"] is not None and getattr(runner.weight.quant_state, "packing_format_for_cpu", False):
             self._buffers["numbers"] = None  # never two layouts in memory for long
@@ -286,6 +286,7 @@ class LlmInt8Linear(BitsandbytesLinear):
     """A linear layer of LLM.int8(): int8 rows and int8 activations, but columns with an outlier in float (arXiv:2208.07339)."""
 
     saved: ClassVar[Mapping[str, str]] = {"numbers": "weight", "scale": "SCB", "order": "weight_format"}
+    scale: Tensor
 
     def __init__(
         self, tensors: Mapping[str, Tensor], bias: Tensor | None, sizes: tuple[int, int], compute_dtype: torch.dtype, threshold: float = 6.0
@@ -309,9 +310,7 @@ class LlmInt8Linear(BitsandbytesLinear):
         return cls(tensors, bias, (weight.shape[1], weight.shape[0]), weight.dtype, threshold)
 
     @classmethod
-    def empty(
-        cls, in_features: int, out_features: int, bias: bool = True, dtype: str = "float32", threshold: float = 6.0
-    ) -> Self:
+    def empty(cls, in_features: int, out_features: int, bias: bool = True, dtype: str = "float32", threshold: float = 6.0) -> Self:
         """Return a layer of zeros, to load a state into."""
         kind = dtype_named(dtype)
         tensors = {
@@ -334,19 +333,17 @@ class LlmInt8Linear(BitsandbytesLinear):
     def _weight_bytes(self) -> int:
         return self.out_features * (self.in_features + 4)
 
-    def _make_runner(self) -> nn.Module:
+    def _make_runner(self) -> Any:
         layers = bitsandbytes().nn
         with torch.device("meta"):
-            runner: nn.Module = layers.Linear8bitLt(
-                self.in_features, self.out_features, bias=False, has_fp16_weights=False, threshold=self.threshold
-            )
+            runner = layers.Linear8bitLt(self.in_features, self.out_features, bias=False, has_fp16_weights=False, threshold=self.threshold)
         runner.weight = layers.Int8Params(
             self.numbers, requires_grad=False, has_fp16_weights=False, CB=self.numbers, SCB=self.scale.clone()
         )
         runner.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return runner
 
-    def _run(self, runner: nn.Module, input: Tensor) -> Tensor:
+    def _run(self, runner: Any, input: Tensor) -> Tensor:
         _THEIR_LOG.addFilter(_without_casts)  # there it is one filter, however often it is added
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=_CASTS)  # versions before 0.50 say it this way

@@ -83,7 +83,7 @@ def save(model: nn.Module | Subject, folder: str | Path) -> None:
             subject.tokenizer.save_pretrained(aside)
         structure = _structure(subject)
         foreign = _declare(module, aside) if subject.opens_in == "transformers" and structure["layers"] else False
-        _save_tensors(distinct_tensors(module), aside, _PACKED_NAME if structure["layers"] and not foreign else _PLAIN_NAME)
+        save_tensors(distinct_tensors(module), aside, _PACKED_NAME if structure["layers"] and not foreign else _PLAIN_NAME)
         files.write_json(aside / MANIFEST, structure)
 
 
@@ -316,7 +316,8 @@ def _tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def _save_tensors(tensors: dict[str, Tensor], folder: Path, pattern: str) -> None:
+def save_tensors(tensors: dict[str, Tensor], folder: Path, pattern: str = _PLAIN_NAME) -> None:
+    """Write tensors as safetensors, in shards with an index where they are many."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     plan = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=_SHARD)

@@ -57,7 +57,14 @@ class Settings(BaseModel):
             width = data.get("weight_dtype") if isinstance(data, dict) else None
             if name == "default" and told.get("_type") == "Int8WeightOnlyConfig":
                 return 8
-            if name == "default" and told.get("_type") == "IntxWeightOnlyConfig" and isinstance(width, dict) and width.get("_data") in _WIDTHS:
+            if (
+                name == "default"
+                and told.get("_type") == "IntxWeightOnlyConfig"
+                and isinstance(width, dict)
+                and width.get("_data") in _WIDTHS
+            ):
                 return _WIDTHS[str(width["_data"])]
-            raise ModelError(f"torchao {told.get('_type')!r} is not read here; known: Int8WeightOnlyConfig, IntxWeightOnlyConfig of int4 or int8")
+            raise ModelError(
+                f"torchao {told.get('_type')!r} is not read here; known: Int8WeightOnlyConfig, IntxWeightOnlyConfig of int4 or int8"
+            )
         raise ModelError("torchao quant_type is empty")

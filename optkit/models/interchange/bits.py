@@ -1,4 +1,4 @@
-"""bitsandbytes files as transformers saves them: 4-bit blocks (NF4, FP4) and LLM.int8(). The same tensors run here, and are saved so again."""
+"""bitsandbytes files as transformers saves them: 4-bit blocks (NF4, FP4) and LLM.int8(). The same tensors run here and are saved again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from optkit.core.errors import ModelError, TransformError
-from optkit.kernels.bnb import BitsandbytesLinear, Bits4Linear, LlmInt8Linear, refuse_sizes
+from optkit.kernels.bnb import Bits4Linear, BitsandbytesLinear, LlmInt8Linear, refuse_sizes
 from optkit.models.interchange.grid import FLOATS, Found, Place, plain_layer, refuse_shape, take
 
 KEY = "weight"

@@ -61,7 +61,8 @@ class Settings(BaseModel):
             if kind is not None and kind.strategy not in (None, "group", "channel", "tensor"):
                 raise ModelError(f"compressed-tensors {name} has strategy {kind.strategy!r}; known: group, channel, tensor")
         for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
-            if getattr(self, key):
+            told = getattr(self, key)
+            if told and not (isinstance(told, dict) and told.get("format") == "dense"):
                 raise ModelError(f"compressed-tensors {key} is not read here, and leaving it out would change the model")
 
     def read(self, parts: dict[str, Tensor], place: Place) -> Found:
@@ -86,7 +87,9 @@ class Settings(BaseModel):
         found = layer_of(Grid(bits, numbers, point, scale.contiguous(), index), parts.pop("bias", None), place)
         static = [parts.pop(key, None) for key in ("input_scale", "input_zero_point", "input_global_scale")]
         if any(scheme.input_activations for scheme in self.config_groups.values()) or static[0] is not None:
-            return found._replace(note="; ".join(filter(None, (found.note, "its activations stay floats here, where the tool rounds them"))))
+            return found._replace(
+                note="; ".join(filter(None, (found.note, "its activations stay floats here, where the tool rounds them")))
+            )
         return found
 
     def _packed(self, parts: dict[str, Tensor], place: Place) -> tuple[int, Tensor]:
@@ -107,9 +110,10 @@ class Settings(BaseModel):
 
     def _points(self, stored: Tensor, bits: int, scale: Tensor, place: Place) -> Tensor:
         if stored.dtype == torch.int8:
-            point = stored.reshape(-1, 1).expand(scale.shape) if stored.numel() == 1 else stored
-            return point.to(torch.int16) + 2 ** (bits - 1)
+            signed = stored.reshape(-1, 1).expand(scale.shape) if stored.numel() == 1 else stored
+            return signed.to(torch.int16).add(2 ** (bits - 1))
         if stored.dtype != torch.int32:
             raise ModelError(f"{place.name}.weight_zero_point is {stored.dtype}, expected int8 or packed int32")
         refuse_shape(stored, (-(-place.out_features * bits // 32), scale.shape[1]), f"{place.name}.weight_zero_point")
-        return unpack_words(stored.T.contiguous(), bits)[:, : place.out_features].T.to(torch.int16)
+        point = unpack_words(stored.T.contiguous(), bits)[:, : place.out_features].T
+        return point.to(torch.int16)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field
 from torch import Tensor
 
 from optkit.core.errors import ModelError
@@ -23,8 +23,7 @@ class Settings(BaseModel):
 
     bits: Literal[2, 3, 4, 8]
     group_size: int = Field(ge=-1)
-    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
-    lm_head: bool = False
+    checkpoint_format: Literal["gptq", "gptq_v2"] = Field(default="gptq", validation_alias=AliasChoices("checkpoint_format", "format"))
 
     def refuse(self) -> None:
         """Refuse what is not read here.
@@ -57,7 +56,9 @@ class Settings(BaseModel):
         if self.checkpoint_format == "gptq":
             if bool((stored == 2**bits - 1).any()):
                 most = 2**bits - 1
-                raise ModelError(f"{place.name}.qzeros holds {most}, which loaders of version 1 read as 0 or as {most + 1}; save it as gptq_v2")
+                raise ModelError(
+                    f"{place.name}.qzeros holds {most}, which loaders of version 1 read as 0 or as {most + 1}; save it as gptq_v2"
+                )
             point = point + 1
         index = parts.pop("g_idx", None)
         if index is None:

@@ -30,19 +30,19 @@ class Found(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """A quantized weight by its law: w[r, c] = (numbers[r, c] - point[r, g]) * scale[r, g] with g = index[c]."""
+    """A quantized weight by its law: w[r, c] = (numbers[r, c] - point[r, g]) * scale[r, g] with g = group_of[c]."""
 
     bits: int
     numbers: Tensor  # uint8 (out, in)
     point: Tensor  # whole numbers (out, groups)
     scale: Tensor  # floats (out, groups)
-    index: Tensor  # (in,): the group of each column
+    group_of: Tensor  # (in,): the group of each column
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight (out, in): the product in float32, rounded to the dtype of the scale, as the tools do, and then to ``dtype``."""
+        """Return the weight (out, in): in float32, rounded to the dtype of the scale as the tools do, then to ``dtype``."""
         if self.numbers.is_meta:
             return self.numbers.to(dtype)
-        columns = self.index.long()
+        columns = self.group_of.long()
         weight = (self.numbers.float() - self.point.float()[:, columns]) * self.scale.float()[:, columns]
         return weight.to(self.scale.dtype).to(dtype)
 
@@ -59,7 +59,7 @@ def layer_of(grid: Grid, bias: Tensor | None, place: Place) -> Found:
     groups = grid.scale.shape[1]
     group = place.in_features // groups
     reason = ""
-    if not torch.equal(grid.index.long(), torch.arange(place.in_features) // group) or place.in_features % groups:
+    if not torch.equal(grid.group_of.long(), torch.arange(place.in_features) // group) or place.in_features % groups:
         reason = "the columns of a group are not side by side (act-order), or groups are of unequal size"
     elif grid.bits == 8:
         if groups == 1 and bool((grid.point == 128).all()):
@@ -121,9 +121,9 @@ def _refuse_shapes(grid: Grid, bias: Tensor | None, place: Place) -> None:
     refuse_shape(grid.point, tuple(grid.scale.shape), f"{place.name}: the zero points, unpacked,")
     if grid.scale.dim() != 2 or grid.scale.shape[0] != place.out_features or not 0 < grid.scale.shape[1] <= place.in_features:
         raise ModelError(f"{place.name}: scales of shape {tuple(grid.scale.shape)} do not fit a weight {tuple(grid.numbers.shape)}")
-    refuse_shape(grid.index, (place.in_features,), f"{place.name}: the group of each column")
-    if int(grid.index.min()) < 0 or int(grid.index.max()) >= grid.scale.shape[1]:
-        raise ModelError(f"{place.name}: columns belong to groups 0 to {grid.scale.shape[1] - 1}, but {int(grid.index.max())} is named")
+    refuse_shape(grid.group_of, (place.in_features,), f"{place.name}: the group of each column")
+    if int(grid.group_of.min()) < 0 or int(grid.group_of.max()) >= grid.scale.shape[1]:
+        raise ModelError(f"{place.name}: columns belong to groups 0 to {grid.scale.shape[1] - 1}, but {int(grid.group_of.max())} is named")
     if bias is not None:
         refuse_shape(bias, (place.out_features,), f"{place.name}.bias")
     if not bool(torch.isfinite(grid.scale).all()):

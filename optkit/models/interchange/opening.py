@@ -1,4 +1,4 @@
-"""Opens a folder whose config.json has a ``quantization_config``: its layers are read by the file of its format, the rest as it is stored."""
+"""Opens a folder whose config.json has a ``quantization_config``: each layer by the file of its format, the rest as it is stored."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from optkit.core.errors import ModelError, OptkitError
 from optkit.core.subject import Step
+from optkit.models.architectures import build, class_of
 from optkit.models.interchange.grid import Place
 
 FORMATS = {
@@ -45,7 +46,7 @@ def open_quantized(place: Path | str, config: Any, only_shapes: bool = False) ->
     Args:
         place: the folder.
         config: its configuration.
-        only_shapes: leave everything on the meta device. Scales and zero points are read all the same, because they decide which layer fits.
+        only_shapes: leave everything on the meta device. Scales and zero points are read all the same: they decide which layer fits.
 
     Raises:
         ModelError: the format is unknown, or something is missing, damaged, or of another shape than the configuration says.
@@ -67,14 +68,14 @@ def open_quantized(place: Path | str, config: Any, only_shapes: bool = False) ->
 
 
 def _skeleton(config: Any, place: Path, only_shapes: bool) -> nn.Module:
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    kind = class_of(config, str(place))
     try:
         with torch.device("meta" if only_shapes else "cpu"), no_init_weights():
-            module: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            module = build(kind, config)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(f"model {str(place)!r} is no causal language model that transformers can build: {error}") from None
+        raise ModelError(f"model {str(place)!r} is none that transformers can build: {error}") from None
     return module
 
 
@@ -103,7 +104,7 @@ def _read(module: nn.Module, place: Path, method: str, settings: Any, only_shape
         for part in parts:
             del tensors[f"{name}.{part}"]
         columns, rows = (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else layer.weight.shape  # type: ignore[misc]
-        found = settings.read(parts, Place(name, int(columns), int(rows), dtype))  # type: ignore[arg-type]
+        found = settings.read(parts, Place(name, int(columns), int(rows), dtype))
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         if found is None:
             continue
@@ -118,7 +119,7 @@ def _read(module: nn.Module, place: Path, method: str, settings: Any, only_shape
         raise ModelError("no layer of it is quantized, though its config.json says so")
     _assign(module, {name: _cast(tensor, dtype) for name, tensor in tensors.items()}, tuple(done))
     settings_told = {"layers": dict(counts), "notes": {note: [len(names), names[0]] for note, names in notes.items()}}
-    opens = "transformers" if method == "bitsandbytes" else "optkit"
+    opens: Literal["transformers", "optkit"] = "transformers" if method == "bitsandbytes" else "optkit"
     step = Step(f"from_{method.replace('-', '_')}", settings_told, "real", opens)
     return (module.to("meta") if only_shapes else module), step
 
@@ -133,11 +134,11 @@ def _refuse_bias(old: nn.Module, new: nn.Module, name: str) -> None:
 
 
 def _dtype(module: nn.Module, tensors: dict[str, Tensor]) -> torch.dtype:
-    dtype = module.config.dtype  # type: ignore[union-attr]
+    dtype = module.config.dtype
     if isinstance(dtype, torch.dtype):
         return dtype
     found = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
-    module.config.dtype = found  # type: ignore[union-attr]
+    module.config.dtype = found
     return found
 
 

@@ -13,7 +13,8 @@ BITS = (2, 4, 8)  # that divide a word; 3 bits straddle words, and each tool has
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """Return int32 words (rows, n) as numbers 0..2^bits - 1 in uint8 (rows, n * 32 / bits)."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    return ((words[..., None] >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(-2)
+    numbers: Tensor = (words[..., None] >> shifts) & (2**bits - 1)
+    return numbers.to(torch.uint8).flatten(-2)
 
 
 def pack_words(numbers: Tensor, bits: int) -> Tensor:
