@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from optkit.core.errors import ModelError
+from optkit.kernels.w8a8 import W8A8Linear
 from optkit.models.interchange.grid import FLOATS, Found, Grid, Place, layer_of, refuse_shape, take
 from optkit.models.interchange.words import bits_of, unpack_words
 
@@ -28,11 +29,22 @@ class Weights(BaseModel):
     actorder: Any = None
 
 
+class Inputs(BaseModel):
+    """How the inputs of a group of layers are rounded while the model runs."""
+
+    num_bits: int
+    type: str = "int"
+    symmetric: bool = True
+    strategy: str | None = None
+    dynamic: bool | str = False
+
+
 class Scheme(BaseModel):
     """A group of layers that are stored alike."""
 
+    targets: list[str] = []
     weights: Weights | None = None
-    input_activations: Any = None
+    input_activations: Inputs | None = None
     format: str | None = None
 
 
@@ -84,13 +96,36 @@ class Settings(BaseModel):
             if place.in_features % groups:
                 raise ModelError(f"{place.name}: {groups} groups do not divide {place.in_features} inputs")
             index = torch.arange(place.in_features) // (place.in_features // groups)
+        rounded = self._rounded_inputs(parts, place.name)
+        if rounded is not None and bits == 8 and groups == 1 and bool((point == 128).all()):
+            return _w8a8(numbers, scale, rounded, parts.pop("bias", None), place)
         found = layer_of(Grid(bits, numbers, point, scale.contiguous(), index), parts.pop("bias", None), place)
-        static = [parts.pop(key, None) for key in ("input_scale", "input_zero_point", "input_global_scale")]
-        if any(scheme.input_activations for scheme in self.config_groups.values()) or static[0] is not None:
+        for key in ("input_scale", "input_zero_point", "input_global_scale"):
+            parts.pop(key, None)
+        if not self._has_float_inputs(place.name):
             return found._replace(
                 note="; ".join(filter(None, (found.note, "its activations stay floats here, where the tool rounds them")))
             )
         return found
+
+    def _rounded_inputs(self, parts: dict[str, Tensor], name: str) -> tuple[Tensor, ...] | None:
+        """Return the static scale of the inputs, or nothing in a tuple where each row has its own; None where inputs stay floats."""
+        schemes = list(self.config_groups.values())
+        named = [scheme for scheme in schemes if name in scheme.targets]
+        told = [scheme.input_activations for scheme in (named or schemes)]
+        if len(told) != 1 or told[0] is None or told[0].num_bits != 8 or told[0].type != "int" or not told[0].symmetric:
+            return None
+        if told[0].dynamic is True and told[0].strategy == "token":
+            return ()
+        scale = parts.get("input_scale")
+        if told[0].dynamic is False and scale is not None and scale.numel() == 1 and "input_zero_point" not in parts:
+            return (parts.pop("input_scale").float().reshape(1),)
+        return None
+
+    def _has_float_inputs(self, name: str) -> bool:
+        schemes = list(self.config_groups.values())
+        named = [scheme for scheme in schemes if name in scheme.targets]
+        return not any(scheme.input_activations for scheme in named or schemes)
 
     def _packed(self, parts: dict[str, Tensor], place: Place) -> tuple[int, Tensor]:
         words = take(parts, "weight_packed", place, (torch.int32,))
@@ -117,3 +152,15 @@ class Settings(BaseModel):
         refuse_shape(stored, (-(-place.out_features * bits // 32), scale.shape[1]), f"{place.name}.weight_zero_point")
         point = unpack_words(stored.T.contiguous(), bits)[:, : place.out_features].T
         return point.to(torch.int16)
+
+
+def _w8a8(numbers: Tensor, scale: Tensor, static: tuple[Tensor, ...], bias: Tensor | None, place: Place) -> Found:
+    refuse_shape(numbers, (place.out_features, place.in_features), f"{place.name}.weight")
+    if not bool(torch.isfinite(scale).all()) or any(not bool(torch.isfinite(one).all()) for one in static):
+        raise ModelError(f"{place.name}: scales are NaN or infinite")
+    if bias is not None:
+        refuse_shape(bias, (place.out_features,), f"{place.name}.bias")
+        bias = bias.to(place.dtype)
+    q = (numbers.to(torch.int16) - 128).to(torch.int8)
+    layer = W8A8Linear((q, scale.float()[:, 0].contiguous(), *static), bias, place.dtype)
+    return Found(layer, "" if static else "inputs are scaled by their largest value / 127 here, where the tool divides by 127.5")

@@ -19,6 +19,7 @@ from optkit.kernels.int4 import Int4Linear
 from optkit.kernels.int8 import Int8Embedding, Int8Linear
 from optkit.kernels.layout import unpack_nibbles
 from optkit.kernels.packed import PackedLayer, PackedLinear
+from optkit.kernels.w8a8 import W8A8Linear
 from optkit.models.artefact import distinct_tensors, is_pretrained, save_tensors
 from optkit.models.interchange.words import pack_words
 
@@ -31,6 +32,7 @@ class Scheme(NamedTuple):
     bits: int
     group_size: int | None  # None: one scale a row
     symmetric: bool
+    inputs: str | None = None  # how inputs are rounded: "dynamic" by row, or "static"
 
 
 class Written(NamedTuple):
@@ -128,12 +130,18 @@ def _int8(layer: Any) -> Written:
     return Written(Scheme(8, None, True), tensors | _bias(layer))
 
 
+def _w8a8(layer: Any) -> Written:
+    q, scale, *static = layer.tensors()
+    tensors = {"weight": q, "weight_scale": scale[:, None]} | ({"input_scale": static[0]} if static else {})
+    return Written(Scheme(8, None, True, "static" if static else "dynamic"), tensors | _bias(layer))
+
+
 def _bias(layer: nn.Module) -> dict[str, Tensor]:
     bias = layer.bias
     return {"bias": bias.detach()} if isinstance(bias, Tensor) else {}
 
 
-WRITERS: dict[type, Callable[[Any], Written]] = {Int4Linear: _int4, Int8Linear: _int8}
+WRITERS: dict[type, Callable[[Any], Written]] = {Int4Linear: _int4, Int8Linear: _int8, W8A8Linear: _w8a8}
 
 
 def _refuse_mixed(written: dict[str, Written]) -> None:
@@ -169,17 +177,25 @@ def _dense_tensors(module: nn.Module, packed: set[str], dtype: torch.dtype) -> d
 
 def _config(written: dict[str, Written]) -> dict[str, Any]:
     groups: dict[str, Any] = {}
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True}
+    told = {
+        None: None,
+        "dynamic": {**inputs, "strategy": "token", "dynamic": True},
+        "static": {**inputs, "strategy": "tensor", "dynamic": False},
+    }
     for number, scheme in enumerate(sorted({layer.scheme for layer in written.values()}, key=str)):
         weights = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "dynamic": False}
         strategy = {"strategy": "channel"} if scheme.group_size is None else {"strategy": "group", "group_size": scheme.group_size}
         groups[f"group_{number}"] = {
             "targets": [name for name, layer in written.items() if layer.scheme == scheme],
             "weights": weights | strategy,
-            "input_activations": None,
+            "input_activations": told[scheme.inputs],
             "output_activations": None,
-            "format": "pack-quantized",
+            "format": "pack-quantized" if scheme.inputs is None else "int-quantized",
         }
-    shared = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed"}
+    formats = {group["format"] for group in groups.values()}
+    shared = {"quant_method": "compressed-tensors", "quantization_status": "compressed"}
+    shared["format"] = formats.pop() if len(formats) == 1 else "mixed-precision"
     return {**shared, "config_groups": groups, "ignore": [], "kv_cache_scheme": None, "global_compression_ratio": None}
 
 
@@ -188,6 +204,7 @@ def _card(subject: Subject, written: dict[str, Written], dense: list[str], dtype
     call = 'AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")'
     if pointed:
         call = 'AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto", quantization_config=CompressedTensorsConfig(dequantize=True))'
+    rounded = any(layer.scheme.inputs for layer in written.values())
     counts: dict[Scheme, int] = {}
     for layer in written.values():
         counts[layer.scheme] = counts.get(layer.scheme, 0) + 1
@@ -205,6 +222,7 @@ def _card(subject: Subject, written: dict[str, Written], dense: list[str], dtype
         f"- transformers with compressed-tensors: `{call}`. It unpacks the weights when it opens the model: a smaller download,"
         " no smaller memory, no faster tokens.",
         *(["- Without `dequantize=True`, transformers 5.24 with compressed-tensors 0.20 refuses the zero points."] if pointed else []),
+        *(["- It rounds inputs otherwise than optkit: the largest value is 127.5 steps, not 127."] if rounded else []),
         "- vLLM reads this layout too and runs it packed; that was not tried here.",
         "- optkit: `optkit run` with this folder as `model:`. It runs packed, memory and tokens gain.",
         "",
@@ -214,4 +232,5 @@ def _card(subject: Subject, written: dict[str, Written], dense: list[str], dtype
 
 def _told(scheme: Scheme) -> str:
     size = "one scale a row" if scheme.group_size is None else f"groups of {scheme.group_size}"
-    return f"int{scheme.bits}, {size}{'' if scheme.symmetric else ', with zero points'}"
+    points = "" if scheme.symmetric else ", with zero points"
+    return f"int{scheme.bits}, {size}{points}" + ("" if scheme.inputs is None else f", inputs rounded to int8 ({scheme.inputs} scales)")
