@@ -131,7 +131,7 @@ def test_sizes_that_their_kernels_cannot_take_are_refused_with_the_way_out() -> 
 
 def test_without_the_package_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(MissingError, match="pip install 'bitsandbytes>=0.48'"):
+    with pytest.raises(MissingError, match=r"pip install 'bitsandbytes>=0\.48'"):
         bitsandbytes()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,10 @@ def rounded_inputs(subject: Subject, scale: float | None) -> Subject:
     return subject
 
 
-def near(found: Tensor, expected: Tensor) -> bool:
-    """Say whether logits differ by no more than the kernels' rounding of activations to bfloat16; the weights are compared exactly."""
-    return bool((found - expected).abs().max() < 0.01 * expected.abs().max())
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run packed layers in plain PyTorch, so that the kernels' rounding of activations stays out of the comparison."""
+    monkeypatch.setattr("optkit.kernels.packed.native", lambda: None)
 
 
 CASES: dict[str, Callable[[Subjects], Subject]] = {
@@ -74,7 +76,7 @@ def test_what_was_exported_is_read_again_number_for_number(name: str, subject: S
             assert layer_name == "lm_head" or type(found) is type(layer)
     assert again.tokenizer is not None
     if name != "int8, bfloat16":  # there the scales need float32, and so does the exported model
-        assert near(logits(again.module), logits(packed.module))
+        assert torch.allclose(logits(again.module), logits(packed.module), atol=1e-4)
     else:
         assert again.module.config.dtype is torch.float32  # type: ignore[union-attr]
 
@@ -87,13 +89,14 @@ def test_plain_transformers_opens_an_export_with_equal_weights(name: str, subjec
     packed = CASES[name](subject)
     card = export_compressed_tensors(packed, tmp_path / "out")
     needed = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if "dequantize=True" in card else {}
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", **needed).eval()
+    with warnings.catch_warnings(action="ignore"):  # that the folder has a configuration already, which is what is asked for
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", **needed).eval()
     answers = logits(plain)  # the first forward unpacks the weights
     for layer_name, layer in packed.module.named_modules():
         if isinstance(layer, nn.Linear):
             assert torch.equal(plain.get_submodule(layer_name).weight.to(layer.weight.dtype), layer.weight)
     if "w8a8" not in name and "bfloat16" not in name:
-        assert near(answers, logits(packed.module))
+        assert torch.allclose(answers, logits(packed.module), atol=1e-4)
 
 
 def test_the_folder_holds_what_its_loader_looks_for_and_a_card(subject: Subjects, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_the_head_and_its_embedding_stay_unless_asked_for(kind: type[Transform],
     assert "lm_head" in replaced(kind(head=True).apply(subject(tie_word_embeddings=False)).module)  # type: ignore[call-arg]
     with pytest.raises(TransformError, match=r"lm_head: it shares its weight with model.embed_tokens.*head: false"):
         kind(head=True).apply(subject())  # type: ignore[call-arg]
-    with pytest.raises(TransformError, match="only the output head lm_head is selected.*head: true"):
+    with pytest.raises(TransformError, match=r"only the output head lm_head is selected.*head: true"):
         kind(targets=Targets(include=("lm_head",))).apply(subject(tie_word_embeddings=False))  # type: ignore[call-arg]
 
 
@@ -81,7 +81,7 @@ def test_conv1d_becomes_linear_with_the_weight_turned(kind: type[Transform], log
     assert (layer.in_features, layer.out_features) == (64, 256)
     assert (layer.weight - wide).norm() < 0.12 * wide.norm()
     answers = logits(changed.module)
-    assert 0 < (answers - dense).norm() < 0.2 * dense.norm()
+    assert 0 < (answers - dense).norm() < 0.3 * dense.norm()
     optkit.save(changed, tmp_path / "saved")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto").eval()), answers)
 
