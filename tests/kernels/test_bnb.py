@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from optkit.core.errors import MissingError, TransformError
 from optkit.kernels import bnb
-from optkit.kernels.bnb import Bits4Linear, BitsandbytesLinear, LlmInt8Linear, bitsandbytes
+from optkit.kernels.bnb import Bits4Linear, BitsandbytesLinear, bitsandbytes
+from optkit.kernels.llm_int8 import LlmInt8Linear
 
 pytest.importorskip("bitsandbytes")
 

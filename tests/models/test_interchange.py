@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import optkit
 from optkit.core.errors import ModelError, OptkitError, TargetError
-from optkit.kernels.bnb import Bits4Linear, LlmInt8Linear
+from optkit.kernels.bnb import Bits4Linear
 from optkit.kernels.int4 import Int4Linear
 from optkit.kernels.int8 import Int8Linear
+from optkit.kernels.llm_int8 import LlmInt8Linear
 from optkit.kernels.w8a8 import W8A8Linear
 from optkit.models.sources import open_model, outline_model
 from optkit.transforms import Int8

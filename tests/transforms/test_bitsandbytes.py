@@ -17,7 +17,8 @@ import optkit
 from optkit.core.errors import TargetError, TransformError
 from optkit.core.subject import Subject
 from optkit.core.targets import Targets
-from optkit.kernels.bnb import Bits4Linear, BitsandbytesLinear, LlmInt8Linear
+from optkit.kernels.bnb import Bits4Linear, BitsandbytesLinear
+from optkit.kernels.llm_int8 import LlmInt8Linear
 from optkit.measure.traffic import weight_bytes_per_token
 from optkit.transforms import Dtype, Int8, LlmInt8, Nf4, Transform
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from optkit.core.errors import ModelError, TransformError
-from optkit.kernels.bnb import Bits4Linear, BitsandbytesLinear, LlmInt8Linear, refuse_sizes
+from optkit.kernels.bnb import Bits4Linear, BitsandbytesLinear, refuse_sizes
+from optkit.kernels.llm_int8 import LlmInt8Linear
 from optkit.models.interchange.grid import FLOATS, Found, Place, plain_layer, refuse_shape, take
 
 KEY = "weight"

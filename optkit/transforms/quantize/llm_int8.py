@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from optkit.core.subject import Calibration
 from optkit.core.targets import Targets
-from optkit.kernels.bnb import LlmInt8Linear
+from optkit.kernels.llm_int8 import LlmInt8Linear
 from optkit.transforms.contract import Plan, Stage, Transform
 from optkit.transforms.quantize.bits import check_layers, replace_layers
 
