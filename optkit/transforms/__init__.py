@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from optkit.transforms.quantize.int4 import Int4 as Int4
     from optkit.transforms.quantize.int8 import Int8 as Int8
     from optkit.transforms.quantize.llm_int8 import LlmInt8 as LlmInt8
-    from optkit.transforms.quantize.nf4 import Nf4 as Nf4
     from optkit.transforms.quantize.mixed import Mixed as Mixed
+    from optkit.transforms.quantize.nf4 import Nf4 as Nf4
     from optkit.transforms.quantize.qat import Qat as Qat
     from optkit.transforms.quantize.smoothquant import Smoothquant as Smoothquant
     from optkit.transforms.runtime.compile import Compile as Compile

@@ -66,7 +66,9 @@ def export_compressed_tensors(subject: Subject, folder: Path) -> str:
     with files.build_folder(folder) as aside:
         module.config.save_pretrained(aside)  # type: ignore[operator,union-attr]
         config = files.read_json(aside / "config.json") | {"quantization_config": _config(written)}
-        files.write_json(aside / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+        files.write_json(
+            aside / "config.json", config | {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(module).__name__]}
+        )
         for part in (getattr(module, "generation_config", None), subject.tokenizer):
             if part is not None:
                 part.save_pretrained(aside)
