@@ -149,7 +149,21 @@ def test_the_public_names_of_optkit_stay() -> None:
 
 
 def test_the_public_names_of_the_transforms_stay() -> None:
-    classes = ["Compile", "DataParallel", "DropLayers", "Dtype", "Int4", "Int8", "KvCache", "Magnitude", "Mixed", "Qat", "Smoothquant"]
+    classes = [
+        "Compile",
+        "DataParallel",
+        "DropLayers",
+        "Dtype",
+        "Int4",
+        "Int8",
+        "KvCache",
+        "LlmInt8",
+        "Magnitude",
+        "Mixed",
+        "Nf4",
+        "Qat",
+        "Smoothquant",
+    ]
     assert sorted(optkit.transforms.__all__) == sorted(["TRANSFORMS", "Calibration", "Plan", "Stage", "Transform", *classes])
     assert [getattr(optkit.transforms, one).__name__ for one in classes] == classes
     with pytest.raises(AttributeError, match="no attribute 'Int3'"):

@@ -22,6 +22,7 @@ import typer
 from optkit.cli.bench import bench
 from optkit.cli.check import check
 from optkit.cli.compare import compare_command
+from optkit.cli.export import export
 from optkit.cli.listing import list_names
 from optkit.cli.run import run_command
 from optkit.cli.schema import schema
@@ -55,6 +56,7 @@ app.add_typer(bench)
 app.command("run")(run_command)
 app.command("check")(check)
 app.command("compare")(compare_command)
+app.command("export")(export)
 app.command("list")(list_names)
 app.command("schema")(schema)
 app.command("verify")(verify)

@@ -18,6 +18,8 @@ LAYERS: Registry[nn.Module] = Registry(
         "int8_gru": "optkit.kernels.gru:Int8GRU",
         "int4_linear": "optkit.kernels.int4:Int4Linear",
         "w8a8_linear": "optkit.kernels.w8a8:W8A8Linear",
+        "bits4_linear": "optkit.kernels.bnb:Bits4Linear",
+        "llm_int8_linear": "optkit.kernels.llm_int8:LlmInt8Linear",
     },
 )
 

@@ -20,6 +20,7 @@ from optkit.kernels import LAYERS
 from optkit.models.architectures import build, is_public, named_class
 from optkit.models.architectures import kind_of as kind_of
 from optkit.models.huggingface import read_config
+from optkit.models.interchange.bits import quantization_config
 
 MANIFEST = "optkit.json"
 _SCHEMA = 1
@@ -81,7 +82,8 @@ def save(model: nn.Module | Subject, folder: str | Path) -> None:
         if subject.tokenizer is not None:
             subject.tokenizer.save_pretrained(aside)
         structure = _structure(subject)
-        _save_tensors(distinct_tensors(module), aside, _PACKED_NAME if structure["layers"] else _PLAIN_NAME)
+        foreign = _declare(module, aside) if subject.opens_in == "transformers" and structure["layers"] else False
+        save_tensors(distinct_tensors(module), aside, _PACKED_NAME if structure["layers"] and not foreign else _PLAIN_NAME)
         files.write_json(aside / MANIFEST, structure)
 
 
@@ -182,6 +184,15 @@ def _structure(subject: Subject) -> dict[str, Any]:
     }
 
 
+def _declare(module: nn.Module, folder: Path) -> bool:
+    """Tell plain transformers in config.json how the layers are stored; return False where it has no word for them."""
+    declared = quantization_config(module)
+    if declared is None or not is_pretrained(module):
+        return False
+    files.write_json(folder / "config.json", files.read_json(folder / "config.json") | {"quantization_config": declared})
+    return True
+
+
 def _read_structure(content: Any, folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "schema" not in content:
         raise ArtefactError(f"{folder / MANIFEST} does not describe an artefact")
@@ -199,6 +210,8 @@ def _skeleton(folder: Path, structure: dict[str, Any], into: nn.Module | None) -
     if into is not None:
         return _shortened(into, structure.get("lists", {}))
     config = read_config(folder) if structure["pretrained"] else None
+    if config is not None:
+        config.__dict__.pop("quantization_config", None)  # it speaks to other loaders; here optkit.json tells of the layers
     kind = named_class(structure["class"], config)
     if kind is None:
         raise ModelError(
@@ -303,7 +316,8 @@ def _tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def _save_tensors(tensors: dict[str, Tensor], folder: Path, pattern: str) -> None:
+def save_tensors(tensors: dict[str, Tensor], folder: Path, pattern: str = _PLAIN_NAME) -> None:
+    """Write tensors as safetensors, in shards with an index where they are many."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     plan = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=_SHARD)

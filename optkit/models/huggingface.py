@@ -14,6 +14,7 @@ from optkit.core import files
 from optkit.core.errors import MissingError, ModelError
 from optkit.core.subject import Subject
 from optkit.models.architectures import build, class_of, kind_of
+from optkit.models.interchange.opening import method_of, open_quantized
 
 # Keys by which a configuration can name code to run; refused wherever they stand, at any depth.
 _CODE_KEYS = {"auto_map", "custom_pipelines"}
@@ -21,7 +22,7 @@ _NEVER_KEYS = {"trust_remote_code", "_attn_implementation_internal", "_experts_i
 
 
 def open_pretrained(place: Path | str, source: str, trust_remote_code: bool = False) -> Subject:
-    """Open a model with its tokenizer in the dtype it is stored in.
+    """Open a model with its tokenizer in the dtype it is stored in; one that another tool quantized with its numbers as they are.
 
     Raises:
         ModelError: something is missing or damaged, or transformers has no class for it.
@@ -32,6 +33,10 @@ def open_pretrained(place: Path | str, source: str, trust_remote_code: bool = Fa
         raise ModelError(_no_weights(place))
     if isinstance(place, Path):
         _refuse_foreign_shards(place)
+    if method_of(config) is not None:
+        packed, step = open_quantized(place, config)
+        refuse_not_finite(packed, str(place))
+        return Subject(module=packed.eval(), source=source, kind=kind_of(packed), tokenizer=_tokenizer(place), history=(step,))
     opener, allowed = _opener(config, place, trust_remote_code)
     try:
         module, info = opener.from_pretrained(
@@ -56,6 +61,9 @@ def open_pretrained(place: Path | str, source: str, trust_remote_code: bool = Fa
 def outline(place: Path | str, source: str, trust_remote_code: bool = False) -> Subject:
     """Open a model's shapes on the meta device."""
     config = read_config(place, trust_remote_code)
+    if method_of(config) is not None:
+        packed, step = open_quantized(place, config, only_shapes=True)
+        return Subject(module=packed.eval(), source=source, kind=kind_of(packed), tokenizer=None, history=(step,))
     opener, allowed = _opener(config, place, trust_remote_code)
     try:
         with torch.device("meta"):
@@ -94,7 +102,7 @@ def read_config(place: Path | str, trust_remote_code: bool = False) -> Any:
     """Return the configuration of a model.
 
     Raises:
-        ModelError: it is missing or damaged, names code to run, or belongs to a model that is quantized already.
+        ModelError: it is missing or damaged, or names code to run.
         MissingError: a Hub name was given and the Hub cannot be reached.
     """
     from transformers import AutoConfig
@@ -113,8 +121,6 @@ def read_config(place: Path | str, trust_remote_code: bool = False) -> Any:
             ) from error
         raise ModelError(f"the configuration of model {str(place)!r} cannot be read: {_first_line(error)}") from error
     _refuse_code(config.to_dict(), str(place), trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"model {str(place)!r} is quantized already (quantization_config in config.json); give the unquantized model")
     return config
 
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from optkit.transforms.prune.magnitude import Magnitude as Magnitude
     from optkit.transforms.quantize.int4 import Int4 as Int4
     from optkit.transforms.quantize.int8 import Int8 as Int8
+    from optkit.transforms.quantize.llm_int8 import LlmInt8 as LlmInt8
     from optkit.transforms.quantize.mixed import Mixed as Mixed
+    from optkit.transforms.quantize.nf4 import Nf4 as Nf4
     from optkit.transforms.quantize.qat import Qat as Qat
     from optkit.transforms.quantize.smoothquant import Smoothquant as Smoothquant
     from optkit.transforms.runtime.compile import Compile as Compile
@@ -32,6 +34,8 @@ TRANSFORMS: Registry[Transform] = Registry(
         "smoothquant": "optkit.transforms.quantize.smoothquant:Smoothquant",
         "mixed": "optkit.transforms.quantize.mixed:Mixed",
         "qat": "optkit.transforms.quantize.qat:Qat",
+        "nf4": "optkit.transforms.quantize.nf4:Nf4",
+        "llm_int8": "optkit.transforms.quantize.llm_int8:LlmInt8",
         "compile": "optkit.transforms.runtime.compile:Compile",
         "kv_cache": "optkit.transforms.runtime.kv_cache:KvCache",
         "data_parallel": "optkit.transforms.parallel.data_parallel:DataParallel",
@@ -48,8 +52,10 @@ __all__ = [
     "Int4",
     "Int8",
     "KvCache",
+    "LlmInt8",
     "Magnitude",
     "Mixed",
+    "Nf4",
     "Plan",
     "Qat",
     "Smoothquant",

@@ -67,7 +67,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "unknown architecture": (edit_config(model_type="no-such-model"), "no-such-model"),
     "a class of another type": (edit_config(model_type="bert"), "names the architecture 'LlamaForCausalLM', which .* no public class of"),
     "a class of no type": (edit_config(model_type="vit", architectures=["ViTForEverything"]), "'ViTForEverything', which .* for 'vit'"),
-    "quantized already": (edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantized already"),
+    "quantized already": (edit_config(quantization_config={"quant_method": "eetq"}), "quantized already, by 'eetq'"),
     "a size that makes no sense": (edit_config(hidden_size="wide"), "cannot be|hidden_size"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"has no \*.safetensors$"),
     "only pickles": (only_pickles, "pytorch_model.bin is not opened, because its format can run code: convert it to safetensors"),

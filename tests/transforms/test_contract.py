@@ -29,6 +29,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qat": {"steps": 2},
     "smoothquant": {},
     "mixed": {"layers": {"*": "int8"}},
+    "nf4": {},
+    "llm_int8": {},
     "compile": {},
     "kv_cache": {},
     "data_parallel": {"size": 2},

@@ -1,0 +1,1 @@
+"""Models in the number formats of other tools, read and written by us: one file a format. Numbers are moved, never rounded anew."""
