@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from optkit.core.measurement import Array, Metric
 from optkit.harness import statistics
 from optkit.kernels.int4 import GROUP_SIZES, Int4Linear
 from optkit.kernels.int8 import Int8Linear
+from optkit.kernels.w8a8 import W8A8Linear
 from optkit.report.bench import Line
 
 ROOF, BFLOAT16 = "read sweep", "bfloat16 linear"
@@ -134,6 +136,15 @@ def _int8(rows: int, cols: int) -> Int8Linear:
     return Int8Linear((_numbers(rows, cols, -127, 128, torch.int8), torch.rand(rows)), None, (cols, rows), torch.bfloat16)
 
 
+def _w8a8(rows: int, cols: int) -> W8A8Linear:
+    return W8A8Linear((_numbers(rows, cols, -127, 128, torch.int8), torch.rand(rows)), None, torch.bfloat16)
+
+
+@cache
+def _numbers_of(x: Tensor) -> Tensor:
+    return x.to(torch.int8)
+
+
 def _int4(group_size: int) -> Callable[[int, int], Int4Linear]:
     def make(rows: int, cols: int) -> Int4Linear:
         scale, point = (torch.rand(rows, cols // group_size).bfloat16() for _ in range(2))
@@ -159,7 +170,14 @@ _KINDS = (
     _Kind(BFLOAT16, lambda rows, cols: torch.randn(rows, cols, dtype=torch.bfloat16), functional.linear, _tensor_bytes),
     _Kind("float32 linear", lambda rows, cols: torch.randn(rows, cols), functional.linear, _tensor_bytes, wide=True),
     _Kind("int8", _int8, _packed, lambda layer: layer.weight_bytes),
+    _Kind("int8 by int8", _w8a8, _packed, lambda layer: layer.weight_bytes),
     *(_Kind(f"int4 g{size}", _int4(size), _packed, lambda layer: layer.weight_bytes) for size in GROUP_SIZES),
+    _Kind(
+        "PyTorch _int_mm, rounding left out",
+        lambda rows, cols: _numbers(rows, cols, -127, 128, torch.int8),
+        lambda x, weight: torch._int_mm(_numbers_of(x), weight.T),
+        _tensor_bytes,
+    ),
     _Kind(
         "PyTorch _weight_int8pack_mm",
         lambda rows, cols: (_numbers(rows, cols, -127, 128, torch.int8), torch.rand(rows).bfloat16()),

@@ -19,9 +19,11 @@ KERNELS = {
     BFLOAT16,
     "float32 linear",
     "int8",
+    "int8 by int8",
     "int4 g32",
     "int4 g64",
     "int4 g128",
+    "PyTorch _int_mm, rounding left out",
     "PyTorch _weight_int8pack_mm",
     "PyTorch _weight_int4pack_mm g64",
 }
