@@ -1,6 +1,6 @@
 """Int8 weights, one scale per output row; activations stay floats unless asked for, and then accuracy is no longer nearly free.
 
-With AMX, weight-only products of many rows at once round float32 activations to bfloat16; steps of one token do not.
+With AMX or AVX512-BF16, weight-only products of many rows at once round float32 activations to bfloat16; steps of one token do not.
 """
 
 from __future__ import annotations
