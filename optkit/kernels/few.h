@@ -90,7 +90,6 @@ INLINE void few_int4(const struct call *c, int64_t m, int64_t block, const int r
 {
     const int64_t cols = c->layer->cols, group = c->layer->group, bytes = apart(c, block, count);
     const uint8_t *weight = c->layer->weight + block * c->block_bytes;
-    const vec numbers = v_numbers();
     vec total[FEW_ROWS][4];
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int b = 0; b < count; b++) total[r][b] = v_zero();
     for (int64_t g = 0; g < c->groups; g++, weight += c->group_bytes) {
@@ -105,7 +104,7 @@ INLINE void few_int4(const struct call *c, int64_t m, int64_t block, const int r
             }
             UNROLL for (int i = 0; i < 8; i++) {
                 vec q[4];
-                UNROLL for (int b = 0; b < count; b++) q[b] = v_nibble(w[b], 4 * (i / 2) + 16 * (i % 2), numbers);
+                UNROLL for (int b = 0; b < count; b++) q[b] = v_nibble(w[b], 4 * (i / 2) + 16 * (i % 2));
                 UNROLL for (int r = 0; r < rows; r++) {
                     vec value = v_set(x[r * cols + k + i]);
                     UNROLL for (int b = 0; b < count; b++) sum[r][b] = v_fma(q[b], value, sum[r][b]);
@@ -114,7 +113,8 @@ INLINE void few_int4(const struct call *c, int64_t m, int64_t block, const int r
         }
         UNROLL for (int b = 0; b < count; b++) {
             const uint8_t *at = weight + b * bytes + group * 8;
-            vec scale = group_number(c, at), point = group_number(c, at + 2 * LANES);
+            vec scale = v_mul(group_number(c, at), v_set(16.0f)); /* the sum is of x times 1 + q / 16 */
+            vec point = v_fma(group_number(c, at + 2 * LANES), v_set(0.0625f), v_set(1.0f));
             UNROLL for (int r = 0; r < rows; r++)
                 total[r][b] = v_fma(v_fnma(point, v_set(c->sums[(m + r) * c->groups + g]), sum[r][b]), scale, total[r][b]);
         }

@@ -57,9 +57,12 @@ INLINE ivec i_zero(void) { return _mm512_setzero_si512(); }
 INLINE ivec i_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
 INLINE ivec i_sub(ivec a, ivec b) { return _mm512_sub_epi32(a, b); }
 INLINE vec i_float(ivec a) { return _mm512_cvtepi32_ps(a); }
-INLINE vec v_numbers(void) { return _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
-/* The four bits from `at` on of each dword, as floats. The permutation looks at the lowest four bits of each lane alone. */
-INLINE vec v_nibble(ivec dwords, const int at, vec numbers) { return _mm512_permutexvar_ps(_mm512_srli_epi32(dwords, at), numbers); }
+/* 1 + q / 16 for the four bits q from `at` on of each dword: they become the highest of the fraction of a float between 1 and 2. */
+INLINE vec v_nibble(ivec dwords, const int at)
+{
+    ivec moved = at < 19 ? _mm512_slli_epi32(dwords, 19 - at) : _mm512_srli_epi32(dwords, at - 19);
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(moved, _mm512_set1_epi32(0x780000), _mm512_set1_epi32(0x3f800000), 0xea)); /* a & b | c */
+}
 
 #else
 
@@ -142,14 +145,12 @@ INLINE ivec i_zero(void) { return (ivec){_mm256_setzero_si256(), _mm256_setzero_
 INLINE ivec i_load(const uint8_t *p) { return (ivec){_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32))}; }
 INLINE ivec i_sub(ivec a, ivec b) { return (ivec){_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
 INLINE vec i_float(ivec a) { return (vec){_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
-INLINE vec v_numbers(void) { return v_set(0); }
-INLINE vec v_nibble(ivec dwords, const int at, vec numbers)
+INLINE __m256 nibble8(__m256i dwords, const int at)
 {
-    (void)numbers;
-    const __m256i four = _mm256_set1_epi32(15);
-    return (vec){_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(dwords.low, at), four)),
-                 _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(dwords.high, at), four))};
+    __m256i moved = at < 19 ? _mm256_slli_epi32(dwords, 19 - at) : _mm256_srli_epi32(dwords, at - 19);
+    return _mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(moved, _mm256_set1_epi32(0x780000)), _mm256_set1_epi32(0x3f800000)));
 }
+INLINE vec v_nibble(ivec dwords, const int at) { return (vec){nibble8(dwords.low, at), nibble8(dwords.high, at)}; }
 
 #endif
 

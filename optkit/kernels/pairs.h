@@ -23,15 +23,15 @@ INLINE void tile_int8(const struct call *c, const uint8_t *weight, int64_t k, ui
 INLINE void tile_int4(const struct call *c, const uint8_t *weight, int64_t k, uint8_t *tile)
 {
     const int64_t group = c->layer->group;
-    const vec numbers = v_numbers();
     const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32((int)0xffff0000u);
     weight += (k / group) * c->group_bytes;
     vec scale = group_number(c, weight + group * 8), point = group_number(c, weight + group * 8 + 2 * LANES);
-    vec zero = v_fnma(point, scale, v_zero()); /* what 0 stands for */
+    vec zero = v_fnma(v_add(point, v_set(16.0f)), scale, v_zero()); /* w = (1 + q / 16) * 16 scale + zero */
+    scale = v_mul(scale, v_set(16.0f));
     UNROLL for (int j = 0; j < 4; j++) {
         ivec w = i_load(weight + (k % group + 8 * j) * 8);
         UNROLL for (int i = 0; i < 4; i++, tile += 64) {
-            vec even = v_fma(v_nibble(w, 4 * i, numbers), scale, zero), odd = v_fma(v_nibble(w, 4 * i + 16, numbers), scale, zero);
+            vec even = v_fma(v_nibble(w, 4 * i), scale, zero), odd = v_fma(v_nibble(w, 4 * i + 16), scale, zero);
             __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16);
             __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
             _mm512_storeu_si512(tile, _mm512_ternarylogic_epi32(low, high, upper, 0xf8)); /* low | (high & upper) */

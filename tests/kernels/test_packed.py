@@ -224,6 +224,7 @@ def test_a_packed_layer_is_a_linear_layer_to_others(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_a_compiled_model_equals_the_eager_one(backend: str, kind: str) -> None:
+    torch.compiler.reset()
     model = nn.Sequential(make(kind, 64, 32), nn.ReLU(), make(kind, 32, 8, bias=False))
     x = torch.randn(3, 64)
     with torch.no_grad():

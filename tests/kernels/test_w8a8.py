@@ -232,6 +232,7 @@ def test_it_is_a_packed_linear_layer_with_its_bytes(scale: float | None) -> None
 
 @STATIC
 def test_a_compiled_model_equals_the_eager_one(backend: str, scale: float | None) -> None:
+    torch.compiler.reset()
     model = nn.Sequential(make(64, 32, scale=scale), nn.ReLU(), make(32, 8, bias=False, scale=scale))
     x = torch.randn(3, 64)
     with torch.no_grad():
