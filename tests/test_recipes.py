@@ -14,6 +14,7 @@ SMALL = sorted(RECIPES.glob("*.yaml"))
 SCALE = sorted((RECIPES / "scale").glob("*.yaml"))
 SHORT = ["threads=1", "measure.latency.seconds=1", "measure.latency.new_tokens=10", "measure.latency.prompt_tokens=16"]
 QUICKER = {"qat-int4": ("transforms.0.qat.steps=2",), "mixed": ("transforms.0.mixed={layers: {'*': int8}}",)}
+TEXTS = "optkit/harness/*.py"  # a small corpus: that of the standard library takes every process some seconds
 TINY = "{shape: {layers: 2, hidden_size: 128, heads: 2, intermediate_size: 256, vocabulary: 512}}"
 
 
@@ -28,7 +29,7 @@ def run(recipe: Path, out: Path, *overrides: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", SMALL, ids=lambda path: path.stem)
 def test_a_shipped_recipe_runs_and_reports(recipe, tmp_path):
-    report = run(recipe, tmp_path, "task={language-modeling: {tokens: 2048}}", *QUICKER.get(recipe.stem, ()))
+    report = run(recipe, tmp_path, f"task={{language-modeling: {{corpus: {TEXTS}, tokens: 2048}}}}", *QUICKER.get(recipe.stem, ()))
     compared = {entry["metric"]: entry for entry in report["comparisons"] if entry["arm"] == "optimized"}
     assert {"tpot_ms", "ttft_ms", "perplexity", "artefact_bytes"} <= compared.keys()
     assert all(entry["verdict"] in ("better", "worse", "same", "unclear") for entry in compared.values())

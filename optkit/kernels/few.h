@@ -36,6 +36,9 @@ struct call {
 /* The bytes from one block to the next of `count`; 0 where only the first exists, which is then computed again and not stored. */
 INLINE int64_t apart(const struct call *c, int64_t block, const int count) { return block + count > c->blocks ? 0 : c->block_bytes; }
 
+/* How far ahead of byte `at` of `count` blocks to fetch: beyond their end, the next such blocks go on. */
+INLINE int64_t ahead_of(const struct call *c, int64_t at, const int count) { return at + AHEAD < c->block_bytes ? AHEAD : AHEAD + (count - 1) * c->block_bytes; }
+
 /* Scale (int8), add the bias and store 16 results of row m; nothing for a block beyond the last. */
 static __attribute__((noinline)) void finish(const struct call *c, int64_t m, int64_t block, vec sum)
 {
@@ -61,7 +64,8 @@ INLINE void few_int8(const struct call *c, int64_t m, int64_t block, const int r
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int b = 0; b < count; b++) sum[r][b] = v_zero();
     int64_t k = 0;
     for (; k + 4 <= cols; k += 4) {
-        UNROLL for (int b = 0; b < count; b++) _mm_prefetch((const char *)weight + b * bytes + k * LANES + AHEAD, _MM_HINT_T0);
+        const int64_t ahead = ahead_of(c, k * LANES, count);
+        UNROLL for (int b = 0; b < count; b++) _mm_prefetch((const char *)weight + b * bytes + k * LANES + ahead, _MM_HINT_T0);
         UNROLL for (int i = 0; i < 4; i++) {
             vec w[4];
             UNROLL for (int b = 0; b < count; b++) w[b] = v_from_int8(weight + b * bytes + (k + i) * LANES);
@@ -94,13 +98,14 @@ INLINE void few_int4(const struct call *c, int64_t m, int64_t block, const int r
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int b = 0; b < count; b++) total[r][b] = v_zero();
     for (int64_t g = 0; g < c->groups; g++, weight += c->group_bytes) {
         const float *x = c->x + m * cols + g * group;
+        const int64_t ahead = ahead_of(c, g * c->group_bytes, count);
         vec sum[FEW_ROWS][4];
         UNROLL for (int r = 0; r < rows; r++) UNROLL for (int b = 0; b < count; b++) sum[r][b] = v_zero();
         for (int64_t k = 0; k < group; k += 8) {
             ivec w[4];
             UNROLL for (int b = 0; b < count; b++) {
-                w[b] = i_load(weight + b * bytes + k * 8);
-                _mm_prefetch((const char *)weight + b * bytes + k * 8 + AHEAD, _MM_HINT_T0);
+                w[b] = i_held(i_load(weight + b * bytes + k * 8));
+                _mm_prefetch((const char *)weight + b * bytes + k * 8 + ahead, _MM_HINT_T0);
             }
             UNROLL for (int i = 0; i < 8; i++) {
                 vec q[4];

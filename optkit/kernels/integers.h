@@ -22,9 +22,10 @@ INLINE void integer_rows(const struct call *c, int64_t m, int64_t block, const i
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int b = 0; b < count; b++) sum[r][b] = i_zero();
     for (int64_t k = 0; k < steps; k++) {
         quads w[4];
+        const int64_t ahead = ahead_of(c, k * 64, count);
         UNROLL for (int b = 0; b < count; b++) {
             w[b] = i_quads(weight + b * bytes + k * 64);
-            if (rows <= 4) _mm_prefetch((const char *)weight + b * bytes + k * 64 + AHEAD, _MM_HINT_T0);
+            if (rows <= 4) _mm_prefetch((const char *)weight + b * bytes + k * 64 + ahead, _MM_HINT_T0);
         }
         UNROLL for (int r = 0; r < rows; r++) UNROLL for (int b = 0; b < count; b++) sum[r][b] = i_dot(sum[r][b], x[k * rows + r], w[b]);
     }

@@ -57,6 +57,12 @@ INLINE ivec i_zero(void) { return _mm512_setzero_si512(); }
 INLINE ivec i_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
 INLINE ivec i_sub(ivec a, ivec b) { return _mm512_sub_epi32(a, b); }
 INLINE vec i_float(ivec a) { return _mm512_cvtepi32_ps(a); }
+/* Keep in a register what the compiler would load again and again. */
+INLINE ivec i_held(ivec a)
+{
+    __asm__("" : "+v"(a));
+    return a;
+}
 /* 1 + q / 16 for the four bits q from `at` on of each dword: they become the highest of the fraction of a float between 1 and 2. */
 INLINE vec v_nibble(ivec dwords, const int at)
 {
@@ -145,6 +151,7 @@ INLINE ivec i_zero(void) { return (ivec){_mm256_setzero_si256(), _mm256_setzero_
 INLINE ivec i_load(const uint8_t *p) { return (ivec){_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32))}; }
 INLINE ivec i_sub(ivec a, ivec b) { return (ivec){_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
 INLINE vec i_float(ivec a) { return (vec){_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+INLINE ivec i_held(ivec a) { return a; }
 INLINE __m256 nibble8(__m256i dwords, const int at)
 {
     __m256i moved = at < 19 ? _mm256_slli_epi32(dwords, 19 - at) : _mm256_srli_epi32(dwords, at - 19);
