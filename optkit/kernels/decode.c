@@ -27,7 +27,7 @@ static void plain_rows(const struct dense *d, const float *x, float *y, int64_t 
 struct team {
     int number, size;
     float *sums;  /* (m, most groups) for this thread alone, as the following */
-    void *panels; /* x in int8 */
+    void *panels; /* x in int8, or in halves */
     float *scales;
     int8_t *bytes;
 };
@@ -66,8 +66,16 @@ static void apply(const struct dense *d, const float *x, float *y, int64_t m, co
         return;
     }
     if (d->packed->group) {
-        for (int64_t i = 0; i < m; i++) sum_groups(x + i * d->cols, c.groups, d->packed->group, team->sums + i * c.groups);
-        c.sums = team->sums;
+        uint16_t *high = team->panels, *low = high + m * d->cols;
+        (void)low;
+        for (int64_t i = 0; i < m; i++) {
+#if defined(__AVX512BF16__)
+            split_row(d->packed, x + i * d->cols, high + i * d->cols, low + i * d->cols, team->sums + i * c.groups);
+#else
+            sum_groups(x + i * d->cols, c.groups, d->packed->group, team->sums + i * c.groups);
+#endif
+        }
+        c.sums = team->sums, c.high = high, c.low = low;
     }
     few_blocks(&c, block, end);
 }
@@ -150,7 +158,7 @@ static struct room room_of(const struct decoder *d, int64_t m)
     if (d->widest > widest) widest = d->widest;
     if (d->hidden > widest) widest = d->hidden;
     const int64_t steps = (widest + 63) / 64 * 16, group = d->heads / d->kv_heads;
-    return (struct room){m * d->hidden, group * d->head_size, group * d->capacity, m * (widest / 32), m * steps * (int64_t)(sizeof(quad) / 4), m, steps};
+    return (struct room){m * d->hidden, group * d->head_size, group * d->capacity, m * (widest / 32), m * steps * 4, m, steps};
 }
 
 INLINE int64_t room_size(struct room r) { return r.normed + r.queries + r.scores + r.sums + r.panels + r.scales + r.bytes; }

@@ -21,35 +21,57 @@ static void widen_row(const uint16_t *x, int64_t cols, float *to)
     for (int64_t k = 0; k < cols; k += LANES) v_store_first(to + k, cols - k, load(x, k, 1, cols - k));
 }
 
+/* Memory for x as the loops of few rows want it: float32, or halves of it, and sums of groups. */
+struct prepared {
+    float *wide, *sums;
+    uint16_t *halves;
+};
+
+static int make_room(const struct call *c, struct prepared *p)
+{
+    const size_t all = (size_t)(c->m * c->layer->cols);
+    const int split = SPLIT && c->layer->group;
+    if (c->half) p->wide = malloc(all * sizeof(float));
+    if (c->layer->group) p->sums = malloc((size_t)(c->m * c->groups) * sizeof(float));
+    if (split && !c->half) p->halves = malloc(2 * all * sizeof(uint16_t));
+    return (c->half && !p->wide) || (c->layer->group && !p->sums) || (split && !c->half && !p->halves) ? NO_MEMORY : 0;
+}
+
+static void prepare_row(const struct call *c, const void *x, const struct prepared *p, int64_t m)
+{
+    const int64_t cols = c->layer->cols;
+    float *sums = p->sums ? p->sums + m * c->groups : NULL;
+    if (p->wide) widen_row((const uint16_t *)x + m * cols, cols, p->wide + m * cols);
+#if defined(__AVX512BF16__)
+    if (p->halves) {
+        split_row(c->layer, (const float *)x + m * cols, p->halves + m * cols, p->halves + (c->m + m) * cols, sums);
+        return;
+    }
+#endif
+    if (sums) sum_groups((p->wide ? p->wide : (const float *)x) + m * cols, c->groups, c->layer->group, sums);
+}
+
 static int run_few(struct call *c, const void *x, int threads)
 {
-    const int64_t cols = c->layer->cols, group = c->layer->group;
-    float *wide = NULL, *sums = NULL;
-    if (c->half && !(wide = malloc((size_t)(c->m * cols) * sizeof(float))))
-        return NO_MEMORY;
-    if (group && !(sums = malloc((size_t)(c->m * c->groups) * sizeof(float)))) {
-        free(wide);
-        return NO_MEMORY;
-    }
-    c->x = wide ? wide : x;
-    c->sums = sums;
+    struct prepared p = {NULL, NULL, NULL};
+    const int status = make_room(c, &p);
+    if (!status) {
+        c->x = p.wide ? p.wide : x;
+        c->sums = p.sums;
+        c->high = c->half ? x : p.halves, c->low = p.halves ? p.halves + c->m * c->layer->cols : NULL;
 #pragma omp parallel for num_threads(threads) if (c->m > FEW_ROWS && threads > 1)
-    for (int64_t m = 0; m < c->m; m++) {
-        if (wide) widen_row((const uint16_t *)x + m * cols, cols, wide + m * cols);
-        if (sums) sum_groups(c->x + m * cols, c->groups, group, sums + m * c->groups);
-    }
-    if (threads > 1) {
+        for (int64_t m = 0; m < c->m; m++) prepare_row(c, x, &p, m);
         const int64_t pairs = (c->blocks + 1) / 2;
-#pragma omp parallel for schedule(static, 1) num_threads(threads)
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
         for (int t = 0; t < threads; t++) {
             const int64_t end = pairs * (t + 1) / threads * 2;
             few_blocks(c, pairs * t / threads * 2, end < c->blocks ? end : c->blocks);
         }
-    } else
-        few_blocks(c, 0, c->blocks);
-    free(wide);
-    free(sums);
-    return 0;
+    }
+    free(p.wide);
+    free(p.sums);
+    free(p.halves);
+    return status;
 }
 
 /* How x is rounded: into tiles where the machine has them and there are enough rows, else into panels. */

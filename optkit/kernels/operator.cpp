@@ -8,7 +8,7 @@
 #include <vector>
 
 extern "C" {
-#include "few.h"
+#include "call.h"
 }
 
 using torch::stable::Tensor;

@@ -77,7 +77,7 @@ def test_the_layout_of_the_kernels_is_exact_both_ways() -> None:
 def test_the_reference_and_the_layer_agree(backend: str, group_size: int) -> None:
     weight, bias = torch.randn(40, 256), torch.randn(40)
     layer = Int4Linear.from_weight(weight, bias, group_size)
-    for rows, limit in ((1, 1e-4), (20, 0.2)):
+    for rows, limit in ((1, 3e-4), (20, 0.2)):  # with AVX512-BF16, one row has 16 significant bits, many have 8
         x = torch.randn(rows, 256)
         torch.testing.assert_close(layer(x), int4_linear_reference(x, *quantize_groups(weight, group_size), bias), rtol=0, atol=limit)
 
@@ -92,7 +92,7 @@ def test_scales_in_float16_run_too(backend: str) -> None:
     tensors = (q, scale.half(), point.half())
     layer = Int4Linear(tensors, None, 64, torch.float32)
     assert layer.layout()["scale_dtype"] == "float16"
-    for rows, limit in ((1, 1e-4), (20, 0.2)):
+    for rows, limit in ((1, 3e-4), (20, 0.2)):  # with AVX512-BF16, one row has 16 significant bits, many have 8
         x = torch.randn(rows, 256)
         torch.testing.assert_close(layer(x), int4_linear_reference(x, *tensors), rtol=0, atol=limit)
     for back, tensor in zip(layer.tensors(), tensors, strict=True):
