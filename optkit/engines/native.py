@@ -23,7 +23,7 @@ _LANES, _WIDEST_HEAD, _MOST_SHARING = 16, 512, 64
 _ROUND_TO = 256
 _MOVING_ROTATIONS = ("dynamic", "longrope")
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}  # a mistake gives about 1
-_TOLERANCE_PACKED = 0.05  # where a number of the cache may fall to the other side
+_TOLERANCE_PACKED = {0: 0.0, 8: 0.05, 4: 0.3}  # numbers of a cache in so many bits may fall to the other side
 
 
 class NativeEngine:
@@ -116,7 +116,7 @@ class NativeEngine:
         self.reset()
         dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
         tolerance = _TOLERANCE.get(dtype, 1e-3)
-        if not worst <= (max(tolerance, _TOLERANCE_PACKED) if self.cache_bits else tolerance):
+        if not worst <= max(tolerance, _TOLERANCE_PACKED[self.cache_bits]):
             raise TransformError(f"the native step differs from the model's own by {worst:.1e} of the logits' norm; leave it out")
 
 
