@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self, overload
 
 from torch import nn
 
+from optkit.core.errors import TransformError
 from optkit.core.settings import Settings
 from optkit.core.subject import Calibration, Execution, Step, Subject
 
@@ -39,6 +40,7 @@ class Transform(Settings):
     stage: ClassVar[Stage]
     execution: ClassVar[Execution] = "real"
     opens_in: ClassVar[Literal["transformers", "optkit"]] = "optkit"
+    not_for_modules: ClassVar[str] = ""  # why a bare module cannot have it, and what to do instead
 
     @property
     def needs_data(self) -> bool:
@@ -82,7 +84,12 @@ class Transform(Settings):
         """Return the model with this transform applied; a subject's history grows by one step.
 
         The given module is used up: its layers may be replaced in place.
+
+        Raises:
+            TransformError: it cannot be applied; among others, a bare module has no engine and no place to choose.
         """
+        if isinstance(model, nn.Module) and self.not_for_modules:
+            raise TransformError(self.not_for_modules)
         if isinstance(model, nn.Module):
             return self.change(model, data)
         decided = self.decide(model.module, data)

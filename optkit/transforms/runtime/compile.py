@@ -5,13 +5,13 @@ Small models profit most: between the operators of a plain forward some 0.35 ms 
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, overload
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
 
 from optkit.core.errors import TransformError
-from optkit.core.subject import Calibration, Subject
+from optkit.core.subject import Calibration
 from optkit.engines.native import refusal, refuse_compiled_cache
 from optkit.transforms.contract import Plan, Stage, Transform
 
@@ -21,6 +21,10 @@ class Compile(Transform):
 
     stage: ClassVar[Stage] = Stage.RUNTIME
     opens_in: ClassVar[Literal["transformers", "optkit"]] = "transformers"
+    not_for_modules: ClassVar[str] = (
+        "compile chooses the engine of a subject, and a bare module has none; wrap the module by torch.compile, or generate "
+        "with optkit.engines.NativeEngine or CompiledEngine"
+    )
     backend: Literal["auto", "native", "inductor"] = Field(
         default="auto", description="native: optkit's own step; inductor: torch.compile; auto: native where it knows the model"
     )
@@ -35,23 +39,6 @@ class Compile(Transform):
         reason = refusal(plan.subject.module) if self.backend == "native" else None
         if reason is not None:
             raise TransformError(f"the native step cannot run this model: {reason}; use backend: inductor")
-
-    @overload
-    def apply(self, model: Subject, data: Calibration | None = None) -> Subject: ...
-    @overload
-    def apply(self, model: nn.Module, data: Calibration | None = None) -> nn.Module: ...
-    def apply(self, model: Subject | nn.Module, data: Calibration | None = None) -> Subject | nn.Module:
-        """Return the subject, to be executed by another engine.
-
-        Raises:
-            TransformError: the model is a bare module, which says nothing of how it is executed.
-        """
-        if isinstance(model, nn.Module):
-            raise TransformError(
-                "compile chooses the engine of a subject, and a bare module has none; wrap the module by torch.compile, or generate "
-                "with optkit.engines.NativeEngine or CompiledEngine"
-            )
-        return super().apply(model, data)
 
     def change(self, module: nn.Module, data: Calibration | None) -> nn.Module:
         """Return the module as it is."""

@@ -6,13 +6,13 @@ for each position, head and group of channels. The numbers are in ``optkit.kerne
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, overload
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
 
 from optkit.core.errors import TransformError
-from optkit.core.subject import Calibration, Subject
+from optkit.core.subject import Calibration
 from optkit.engines.kv_cache import refusal
 from optkit.engines.native import refuse_compiled_cache
 from optkit.transforms.contract import Plan, Stage, Transform
@@ -23,6 +23,9 @@ class KvCache(Transform):
 
     stage: ClassVar[Stage] = Stage.RUNTIME
     opens_in: ClassVar[Literal["transformers", "optkit"]] = "transformers"
+    not_for_modules: ClassVar[str] = (
+        "kv_cache chooses the cache of a subject, and a bare module has none; generate with optkit.engines.KvCacheEngine"
+    )
     bits: Literal[8, 4] = Field(default=8, description="bits of a number")
     group_size: Annotated[int, Field(ge=2, le=65_536)] | None = Field(
         default=None, description="channels that share a scale; default: all of a head"
@@ -43,22 +46,6 @@ class KvCache(Transform):
             raise TransformError(reason)
         if "compile" in history:
             refuse_compiled_cache(plan.subject.module, history["compile"]["backend"], self.model_dump())
-
-    @overload
-    def apply(self, model: Subject, data: Calibration | None = None) -> Subject: ...
-    @overload
-    def apply(self, model: nn.Module, data: Calibration | None = None) -> nn.Module: ...
-    def apply(self, model: Subject | nn.Module, data: Calibration | None = None) -> Subject | nn.Module:
-        """Return the subject, to be executed with another cache.
-
-        Raises:
-            TransformError: the model is a bare module, which says nothing of how it is executed.
-        """
-        if isinstance(model, nn.Module):
-            raise TransformError(
-                "kv_cache chooses the cache of a subject, and a bare module has none; generate with optkit.engines.KvCacheEngine"
-            )
-        return super().apply(model, data)
 
     def change(self, module: nn.Module, data: Calibration | None) -> nn.Module:
         """Return the module as it is."""
