@@ -16,16 +16,20 @@ struct layer {
     const float *input_scale; /* integer x: its scale, or NULL for one a row of x, found anew */
     int64_t rows, cols;       /* of the weight: out_features, in_features */
     int64_t group;            /* int4: columns in a group; else 0 */
-    int64_t many_from;        /* from so many rows of x on, they are rounded and multiplied in tiles or panels */
     int64_t float16;          /* int4: scales and points are float16, else bfloat16 */
     int64_t integer;          /* x is rounded to int8 */
 };
 
+/* x for int4 weights: 16-bit numbers (m, cols), the steps (m, blocks of columns) that they are multiples of, and the sums of x (m, groups). */
+struct fixed {
+    int16_t *numbers;
+    float *steps, *sums;
+};
+
 struct call {
     const struct layer *layer;
-    const float *x;        /* (m, cols) */
-    const float *sums;     /* (m, groups): sums of x, int4 only */
-    const uint16_t *high, *low; /* (m, cols): x as the sum of two bfloat16, int4 only; low is NULL where high is exact */
+    const float *x;        /* (m, cols): for int8 weights */
+    struct fixed fixed;    /* for int4 weights */
     const void *rounded;   /* x in tiles or panels of bfloat16, or of int8 */
     const float *x_scale;  /* (m): of integer x */
     const void *bias;

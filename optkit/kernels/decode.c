@@ -26,8 +26,7 @@ static void plain_rows(const struct dense *d, const float *x, float *y, int64_t 
 
 struct team {
     int number, size;
-    float *sums;  /* (m, most groups) for this thread alone, as the following */
-    void *panels; /* x in int8, or in halves */
+    void *panels; /* x in integers, for this thread alone, as the following */
     float *scales;
     int8_t *bytes;
 };
@@ -66,16 +65,8 @@ static void apply(const struct dense *d, const float *x, float *y, int64_t m, co
         return;
     }
     if (d->packed->group) {
-        uint16_t *high = team->panels, *low = high + m * d->cols;
-        (void)low;
-        for (int64_t i = 0; i < m; i++) {
-#if defined(__AVX512BF16__)
-            split_row(d->packed, x + i * d->cols, high + i * d->cols, low + i * d->cols, team->sums + i * c.groups);
-#else
-            sum_groups(x + i * d->cols, c.groups, d->packed->group, team->sums + i * c.groups);
-#endif
-        }
-        c.sums = team->sums, c.high = high, c.low = low;
+        c.fixed = fixed_in(d->packed, m, team->panels);
+        for (int64_t i = 0; i < m; i++) fixed_row(d->packed, x, 0, i, &c.fixed);
     }
     few_blocks(&c, block, end);
 }
@@ -149,7 +140,7 @@ static void step(const struct decoder *d, const struct scratch *s, int64_t m, in
 
 /* Floats that each thread has for itself. */
 struct room {
-    int64_t normed, queries, scores, sums, panels, scales, bytes;
+    int64_t normed, queries, scores, panels, scales, bytes;
 };
 
 static struct room room_of(const struct decoder *d, int64_t m)
@@ -158,10 +149,10 @@ static struct room room_of(const struct decoder *d, int64_t m)
     if (d->widest > widest) widest = d->widest;
     if (d->hidden > widest) widest = d->hidden;
     const int64_t steps = (widest + 63) / 64 * 16, group = d->heads / d->kv_heads;
-    return (struct room){m * d->hidden, group * d->head_size, group * d->capacity, m * (widest / 32), m * steps * 4, m, steps};
+    return (struct room){m * d->hidden, group * d->head_size, group * d->capacity, m * steps * 4, m, steps};
 }
 
-INLINE int64_t room_size(struct room r) { return r.normed + r.queries + r.scores + r.sums + r.panels + r.scales + r.bytes; }
+INLINE int64_t room_size(struct room r) { return r.normed + r.queries + r.scores + r.panels + r.scales + r.bytes; }
 
 /* logits (m, vocabulary) of the tokens whose embeddings are hidden (m, hidden), at one position; hidden is used up.
  * room: optkit_decoder_room(...) floats. */
@@ -184,9 +175,7 @@ int optkit_decode(const struct decoder *d, float *hidden, int64_t m, int64_t at,
     {
         float *normed = next + omp_get_thread_num() * room_size(r), *scores = normed + r.normed + r.queries;
         const struct desk desk = {normed + r.normed, scores};
-        struct team team = {omp_get_thread_num(), omp_get_num_threads(), scores + r.scores, NULL, NULL, NULL};
-        team.panels = team.sums + r.sums;
-        team.scales = team.sums + r.sums + r.panels;
+        struct team team = {omp_get_thread_num(), omp_get_num_threads(), scores + r.scores, scores + r.scores + r.panels, NULL};
         team.bytes = (int8_t *)(team.scales + r.scales);
         step(d, &s, m, at, logits, &team, normed, &desk);
     }

@@ -61,7 +61,8 @@ FEW(2, 2)
 /* Blocks [block, end); block is even, and so is end or it is the last. */
 static void few_blocks(const struct call *c, int64_t block, int64_t end)
 {
-    for (; c->m < FEW_ROWS && block + 4 <= end; block += 4) few_4(c, block);
+    const int64_t four_below = c->layer->group ? 2 * FEW_ROWS : FEW_ROWS;
+    for (; c->m < four_below && block + 4 <= end; block += 4) few_4(c, block);
     for (; block < end; block += 2) few_2(c, block);
 }
 

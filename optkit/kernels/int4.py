@@ -1,6 +1,7 @@
 """Weight-only int4 in groups of columns: 4 bits a weight and 4 bytes a group. Coarser than int8, and small models feel it.
 
-With AVX512-BF16, products of a few rows take 16 significant bits of float32 inputs, and products of many rows 8.
+The kernels round the inputs of a few rows to 16-bit fixed point, with one step for a group of columns (at most 128 of them): an error of
+at most 1/65534 of the largest input in it. With AVX512-BF16, the inputs of many rows are rounded to bfloat16.
 """
 
 from __future__ import annotations

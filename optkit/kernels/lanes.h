@@ -42,6 +42,7 @@ INLINE float v_largest(vec a) { return _mm512_reduce_max_ps(a); }
 INLINE vec v_from_int8(const uint8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))); }
 INLINE vec v_from_bytes(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); }
 INLINE void v_to_int8(int8_t *p, vec v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))); }
+INLINE void i_to_int16(int16_t *p, ivec a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(a)); }
 INLINE vec v_from_float16(__m256i bits) { return _mm512_cvtph_ps(bits); }
 INLINE vec v_from_bfloat16(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 
@@ -55,8 +56,18 @@ INLINE __m256i v_to_bfloat16(vec v)
 
 INLINE ivec i_zero(void) { return _mm512_setzero_si512(); }
 INLINE ivec i_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
+INLINE ivec i_add(ivec a, ivec b) { return _mm512_add_epi32(a, b); }
 INLINE ivec i_sub(ivec a, ivec b) { return _mm512_sub_epi32(a, b); }
+INLINE ivec i_of(vec a) { return _mm512_cvtps_epi32(a); }
 INLINE vec i_float(ivec a) { return _mm512_cvtepi32_ps(a); }
+INLINE ivec i_pair(int32_t pair) { return _mm512_set1_epi32(pair); }
+/* Nibble i of both halves of each dword, as 16-bit numbers. */
+INLINE ivec i_nibbles(ivec dwords, const int i) { return _mm512_and_si512(i ? _mm512_srli_epi32(dwords, 4 * i) : dwords, _mm512_set1_epi32(0x000f000f)); }
+#if defined(__AVX512VNNI__)
+INLINE ivec i_dot_pairs(ivec sum, ivec a, ivec b) { return _mm512_dpwssd_epi32(sum, a, b); }
+#else
+INLINE ivec i_dot_pairs(ivec sum, ivec a, ivec b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
+#endif
 /* Keep in a register what the compiler would load again and again. */
 INLINE ivec i_held(ivec a)
 {
@@ -149,15 +160,16 @@ INLINE __m256i v_to_bfloat16(vec v) { return _mm256_permute4x64_epi64(_mm256_pac
 
 INLINE ivec i_zero(void) { return (ivec){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 INLINE ivec i_load(const uint8_t *p) { return (ivec){_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32))}; }
+INLINE ivec i_add(ivec a, ivec b) { return (ivec){_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
 INLINE ivec i_sub(ivec a, ivec b) { return (ivec){_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
+INLINE ivec i_of(vec a) { return (ivec){_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
 INLINE vec i_float(ivec a) { return (vec){_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+INLINE void i_to_int16(int16_t *p, ivec a) { _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(_mm256_packs_epi32(a.low, a.high), 0xd8)); }
+INLINE ivec i_pair(int32_t pair) { return (ivec){_mm256_set1_epi32(pair), _mm256_set1_epi32(pair)}; }
+INLINE __m256i nibbles8(__m256i dwords, const int i) { return _mm256_and_si256(i ? _mm256_srli_epi32(dwords, 4 * i) : dwords, _mm256_set1_epi32(0x000f000f)); }
+INLINE ivec i_nibbles(ivec dwords, const int i) { return (ivec){nibbles8(dwords.low, i), nibbles8(dwords.high, i)}; }
+INLINE ivec i_dot_pairs(ivec sum, ivec a, ivec b) { return i_add(sum, (ivec){_mm256_madd_epi16(a.low, b.low), _mm256_madd_epi16(a.high, b.high)}); }
 INLINE ivec i_held(ivec a) { return a; }
-INLINE __m256 nibble8(__m256i dwords, const int at)
-{
-    __m256i moved = at < 19 ? _mm256_slli_epi32(dwords, 19 - at) : _mm256_srli_epi32(dwords, at - 19);
-    return _mm256_castsi256_ps(_mm256_or_si256(_mm256_and_si256(moved, _mm256_set1_epi32(0x780000)), _mm256_set1_epi32(0x3f800000)));
-}
-INLINE vec v_nibble(ivec dwords, const int at) { return (vec){nibble8(dwords.low, at), nibble8(dwords.high, at)}; }
 
 #endif
 

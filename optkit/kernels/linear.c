@@ -1,6 +1,7 @@
 /* Products of activations with packed int8 and int4 weights: y = x w^T (+ bias), with float32 sums, or int32 sums where x is rounded to int8.
  *
- * Few rows of float x are bound by memory: every weight is read once, turned into float32 in registers and multiplied there.
+ * Few rows of float x are bound by memory: every weight is read once and turned in registers, int8 into float32, int4 into 16-bit integers, for
+ * which x is rounded to 16 bits as well.
  * Many rows are bound by arithmetic: a strip of weights is turned into bfloat16 once and multiplied in tiles (AMX) or panels (AVX512-BF16), which
  * rounds x to bfloat16. Integer x goes through tiles, panels of AVX512-VNNI, or products of 16 bits; the sums are the same everywhere.
  *
@@ -21,46 +22,34 @@ static void widen_row(const uint16_t *x, int64_t cols, float *to)
     for (int64_t k = 0; k < cols; k += LANES) v_store_first(to + k, cols - k, load(x, k, 1, cols - k));
 }
 
-/* Memory for x as the loops of few rows want it: float32, or halves of it, and sums of groups. */
-struct prepared {
-    float *wide, *sums;
-    uint16_t *halves;
-};
-
-static int make_room(const struct call *c, struct prepared *p)
+/* From how many rows on turning the weights once pays for itself; where there are no products of bfloat16, never. */
+INLINE int64_t many_from(const struct layer *layer)
 {
-    const size_t all = (size_t)(c->m * c->layer->cols);
-    const int split = SPLIT && c->layer->group;
-    if (c->half) p->wide = malloc(all * sizeof(float));
-    if (c->layer->group) p->sums = malloc((size_t)(c->m * c->groups) * sizeof(float));
-    if (split && !c->half) p->halves = malloc(2 * all * sizeof(uint16_t));
-    return (c->half && !p->wide) || (c->layer->group && !p->sums) || (split && !c->half && !p->halves) ? NO_MEMORY : 0;
-}
-
-static void prepare_row(const struct call *c, const void *x, const struct prepared *p, int64_t m)
-{
-    const int64_t cols = c->layer->cols;
-    float *sums = p->sums ? p->sums + m * c->groups : NULL;
-    if (p->wide) widen_row((const uint16_t *)x + m * cols, cols, p->wide + m * cols);
-#if defined(__AVX512BF16__)
-    if (p->halves) {
-        split_row(c->layer, (const float *)x + m * cols, p->halves + m * cols, p->halves + (c->m + m) * cols, sums);
-        return;
-    }
+#if defined(__AMX_TILE__)
+    return layer->group ? 8 : 6;
+#elif defined(__AVX512BF16__)
+    return layer->group ? 28 : 8;
+#else
+    (void)layer;
+    return INT64_MAX;
 #endif
-    if (sums) sum_groups((p->wide ? p->wide : (const float *)x) + m * cols, c->groups, c->layer->group, sums);
 }
 
 static int run_few(struct call *c, const void *x, int threads)
 {
-    struct prepared p = {NULL, NULL, NULL};
-    const int status = make_room(c, &p);
+    const size_t all = (size_t)(c->m * c->layer->cols);
+    const int widened = c->half && !c->layer->group;
+    float *wide = widened ? malloc(all * sizeof(float)) : NULL;
+    void *fixed = c->layer->group ? malloc(fixed_bytes(c->layer, c->m)) : NULL;
+    const int status = (widened && !wide) || (c->layer->group && !fixed) ? NO_MEMORY : 0;
     if (!status) {
-        c->x = p.wide ? p.wide : x;
-        c->sums = p.sums;
-        c->high = c->half ? x : p.halves, c->low = p.halves ? p.halves + c->m * c->layer->cols : NULL;
+        c->x = wide ? wide : x;
+        if (fixed) c->fixed = fixed_in(c->layer, c->m, fixed);
 #pragma omp parallel for num_threads(threads) if (c->m > FEW_ROWS && threads > 1)
-        for (int64_t m = 0; m < c->m; m++) prepare_row(c, x, &p, m);
+        for (int64_t m = 0; m < c->m; m++) {
+            if (wide) widen_row((const uint16_t *)x + m * c->layer->cols, c->layer->cols, wide + m * c->layer->cols);
+            if (fixed) fixed_row(c->layer, x, c->half, m, &c->fixed);
+        }
         const int64_t pairs = (c->blocks + 1) / 2;
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
         for (int t = 0; t < threads; t++) {
@@ -68,9 +57,8 @@ static int run_few(struct call *c, const void *x, int threads)
             few_blocks(c, pairs * t / threads * 2, end < c->blocks ? end : c->blocks);
         }
     }
-    free(p.wide);
-    free(p.sums);
-    free(p.halves);
+    free(wide);
+    free(fixed);
     return status;
 }
 
@@ -86,7 +74,7 @@ static struct form form_of(const struct call *c)
     const int64_t step = c->layer->integer ? 64 : 32, steps = (c->layer->cols + step - 1) / step;
     struct form f = {0, panels_of(c->m), 0, (size_t)steps * 64};
 #if defined(__AMX_TILE__)
-    f.tiles = c->m >= c->layer->many_from;
+    f.tiles = c->m >= many_from(c->layer);
     if (f.tiles) f.units = (c->m + 15) / 16;
 #endif
     const size_t each = c->layer->integer && !f.tiles ? sizeof(quad) / 4 * f.row_bytes : f.row_bytes;
@@ -172,7 +160,7 @@ int optkit_linear(const struct layer *layer, const void *x, const void *bias, vo
     if (threads > c.blocks) threads = (int32_t)c.blocks;
     if (m == 0 || threads < 1)
         return 0;
-    return layer->integer || m >= layer->many_from ? run_rounded(&c, x, threads) : run_few(&c, x, threads);
+    return layer->integer || m >= many_from(layer) ? run_rounded(&c, x, threads) : run_few(&c, x, threads);
 }
 
 /* y (count, cols) = the rows of an int8 layer that ids name, scaled. */

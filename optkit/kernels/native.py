@@ -29,9 +29,6 @@ _STEPS: Mapping[Backend, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "amx": (("amx_tile", "amx_bf16", "amx_int8"), ("amx-tile", "amx-bf16", "amx-int8")),
 }
 LADDER: tuple[Backend, ...] = tuple(_STEPS)
-# From so many rows of input on, rounding them to bfloat16 is faster than registers of float32.
-_MANY_FROM: Mapping[Backend, int] = {"amx": 6, "avx512_bf16": 6}
-_NEVER = 1 << 62
 
 
 class LayerStruct(ctypes.Structure):
@@ -44,7 +41,6 @@ class LayerStruct(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("cols", ctypes.c_int64),
         ("group", ctypes.c_int64),
-        ("many_from", ctypes.c_int64),
         ("float16", ctypes.c_int64),
         ("integer", ctypes.c_int64),
     )
@@ -83,11 +79,6 @@ def explain() -> str:
     return f"{backend()}: {_choose().reason}"
 
 
-def many_from(kind: Backend) -> int:
-    """Return from how many rows on a backend rounds float inputs to bfloat16, to multiply them by int8 and int4 weights."""
-    return _MANY_FROM.get(kind, _NEVER)
-
-
 @lru_cache(maxsize=4096)
 def struct_at(
     weight: int,
@@ -112,9 +103,7 @@ def struct_at(
         integer: inputs are rounded to int8.
         input_scale: integer inputs: where their scale stands; None for one a row of the input, found anew.
     """
-    found = native()
-    many = _NEVER if found is None else many_from(found.backend)
-    struct = LayerStruct(weight, scale, input_scale, rows, cols, group, many, float16, integer)
+    struct = LayerStruct(weight, scale, input_scale, rows, cols, group, float16, integer)
     return struct, ctypes.addressof(struct)
 
 

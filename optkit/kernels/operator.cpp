@@ -15,7 +15,6 @@ using torch::stable::Tensor;
 using Linear = int (*)(const layer *, const void *, const void *, void *, int64_t, int32_t, int32_t);
 
 static Linear linear;
-static int64_t many_from;
 
 static bool is_half(const Tensor &tensor) { return tensor.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
 
@@ -35,7 +34,6 @@ static Tensor packed_linear(Tensor input, Tensor kernel, std::optional<Tensor> b
                           rows,
                           cols,
                           group,
-                          many_from,
                           float16,
                           integer};
     const int halves = is_half(x) + 2 * (bias && is_half(*bias));
@@ -45,7 +43,7 @@ static Tensor packed_linear(Tensor input, Tensor kernel, std::optional<Tensor> b
 }
 
 /* Give the operator its kernel; once, before it is called. */
-extern "C" void optkit_serve(Linear function, int64_t from) { linear = function, many_from = from; }
+extern "C" void optkit_serve(Linear function) { linear = function; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(optkit, m)
 {

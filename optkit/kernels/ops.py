@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optkit.core.errors import MissingError, OptkitError
 from optkit.kernels.build import open_operator
-from optkit.kernels.native import LayerStruct, Native, many_from, native, struct_at
+from optkit.kernels.native import LayerStruct, Native, native, struct_at
 
 HALF: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}  # what the kernels read and write
 
@@ -104,7 +104,7 @@ def has_native_operator() -> bool:
     except MissingError as error:
         print(f"optkit: compiled graphs call the kernels by way of Python, which costs some microseconds a call: {error}", file=sys.stderr)
         return False
-    library.optkit_serve.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    library.optkit_serve(ctypes.cast(found.linear, ctypes.c_void_p), many_from(found.backend))  # type: ignore[arg-type]
+    library.optkit_serve.argtypes = [ctypes.c_void_p]
+    library.optkit_serve(ctypes.cast(found.linear, ctypes.c_void_p))  # type: ignore[arg-type]
     torch.library.register_fake("optkit::packed_linear_native", _shape)
     return True

@@ -75,7 +75,7 @@ def test_a_step_gives_the_logits_of_the_model(build: Any, family: str, batch: in
 def test_packed_layers_run_within_the_step(build: Any, change: Any, threads: int) -> None:
     torch.set_num_threads(threads)
     module = change.apply(build("qwen2", hidden_size=96, head_dim=32, intermediate_size=160))
-    assert worst(module, 2, prompt=7, steps=6) < 5e-5  # with AVX512-BF16, int4 steps take 16 significant bits of x
+    assert worst(module, 2, prompt=7, steps=6) < 5e-4  # int4 steps round x to 16 bits
 
 
 @needs_kernels
