@@ -112,29 +112,35 @@ INLINE float score_of(const struct kept *k, int64_t at, const float *q, const fl
     return score;
 }
 
+/* `parts` times 16 channels from c on of out, plus those of the values of positions [from, to) by their shares. */
+INLINE void add_channels(const struct kept *k, int64_t c, int64_t from, int64_t to, const float *shares, float *out, const int parts, const int bits)
+{
+    vec sum[4];
+    UNROLL for (int p = 0; p < parts; p++) sum[p] = v_load(out + c + p * LANES);
+    for (int64_t t = from; t < to; t++) {
+        const uint8_t *numbers = k->numbers + t * k->row_bytes;
+        const vec share = v_set(shares[t - from]);
+        UNROLL for (int p = 0; p < parts; p++) {
+            const int64_t at = c + p * LANES;
+            if (!bits) {
+                sum[p] = v_fma(share, v_load((const float *)numbers + at), sum[p]);
+                continue;
+            }
+            const int64_t g = t * k->groups + at / k->group;
+            const uint8_t *sixteen = bits == 8 ? numbers + at : numbers + at / 32 * 16;
+            vec value = v_fma(numbers_of(sixteen, bits, at / 16 % 2), v_set(float_of(k->scale[g])), v_set(float_of(k->low[g])));
+            sum[p] = v_fma(share, value, sum[p]);
+        }
+    }
+    UNROLL for (int p = 0; p < parts; p++) v_store(out + c + p * LANES, sum[p]);
+}
+
 /* out (head_size), parted for 4 bits, plus the values of positions [from, to) by their shares. */
 INLINE void add_values(const struct kept *k, int64_t from, int64_t to, const float *shares, float *out, int64_t size, const int bits)
 {
-    for (int64_t c = 0; c < size; c += 4 * LANES) {
-        vec sum[4];
-        const int parts = (int)(size - c >= 4 * LANES ? 4 : (size - c) / LANES);
-        for (int p = 0; p < parts; p++) sum[p] = v_load(out + c + p * LANES);
-        for (int64_t t = from; t < to; t++) {
-            const uint8_t *numbers = k->numbers + t * k->row_bytes;
-            for (int p = 0; p < parts; p++) {
-                const int64_t at = c + p * LANES;
-                if (!bits) {
-                    sum[p] = v_fma(v_set(shares[t - from]), v_load((const float *)numbers + at), sum[p]);
-                    continue;
-                }
-                const int64_t g = t * k->groups + at / k->group;
-                const uint8_t *sixteen = bits == 8 ? numbers + at : numbers + at / 32 * 16;
-                vec value = v_fma(numbers_of(sixteen, bits, at / 16 % 2), v_set(float_of(k->scale[g])), v_set(float_of(k->low[g])));
-                sum[p] = v_fma(v_set(shares[t - from]), value, sum[p]);
-            }
-        }
-        for (int p = 0; p < parts; p++) v_store(out + c + p * LANES, sum[p]);
-    }
+    int64_t c = 0;
+    for (; c + 4 * LANES <= size; c += 4 * LANES) add_channels(k, c, from, to, shares, out, 4, bits);
+    for (; c < size; c += LANES) add_channels(k, c, from, to, shares, out, 1, bits);
 }
 
 /* scores (count) to shares that add up to 1. */

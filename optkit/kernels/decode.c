@@ -45,7 +45,18 @@ INLINE struct range share(int64_t rows, const struct team *team)
     return found;
 }
 
-static void apply(const struct dense *d, const float *x, float *y, int64_t m, const struct team *team)
+/* Fetch what the first pass over a layer's rows reads before its own fetching ahead has begun. */
+static void fetch_first(const struct dense *d, const struct team *team)
+{
+    if (!d->packed)
+        return;
+    const struct call c = call_of(d->packed, 1);
+    const int64_t block = share(d->rows, team).from / LANES, bytes = c.block_bytes < AHEAD ? c.block_bytes : AHEAD;
+    for (int64_t b = block; b < block + 4 && b < c.blocks; b++)
+        for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch((const char *)d->packed->weight + b * c.block_bytes + at, _MM_HINT_T0);
+}
+
+static void multiply(const struct dense *d, const float *x, float *y, int64_t m, const struct team *team)
 {
     struct range mine = share(d->rows, team);
     if (!d->packed) {
@@ -69,6 +80,13 @@ static void apply(const struct dense *d, const float *x, float *y, int64_t m, co
         for (int64_t i = 0; i < m; i++) fixed_row(d->packed, x, 0, i, &c.fixed);
     }
     few_blocks(&c, block, end);
+}
+
+/* y = x by the rows of d that are this thread's; next: the layer after it, or NULL. */
+INLINE void apply(const struct dense *d, const float *x, float *y, int64_t m, const struct dense *next, const struct team *team)
+{
+    multiply(d, x, y, m, team);
+    if (next) fetch_first(next, team);
 }
 
 static void add_rows(float *to, const float *from, int64_t rows, int64_t m, const struct team *team)
@@ -116,26 +134,26 @@ static void step(const struct decoder *d, const struct scratch *s, int64_t m, in
     for (int64_t n = 0; n < d->depth; n++) {
         const struct block *b = d->blocks + n;
         for (int64_t i = 0; i < m; i++) rms_norm(s->hidden + i * d->hidden, b->input_norm, d->hidden, d->epsilon, normed + i * d->hidden);
-        apply(&b->query, normed, s->query, m, team);
-        apply(&b->key, normed, s->key, m, team);
-        apply(&b->value, normed, s->value, m, team);
+        apply(&b->query, normed, s->query, m, &b->key, team);
+        apply(&b->key, normed, s->key, m, &b->value, team);
+        apply(&b->value, normed, s->value, m, &b->output, team);
 #pragma omp barrier
         attend_all(d, b, s, m, at, team, desk);
 #pragma omp barrier
-        apply(&b->output, s->attended, s->projected, m, team);
+        apply(&b->output, s->attended, s->projected, m, &b->gate, team);
         add_rows(s->hidden, s->projected, d->hidden, m, team);
 #pragma omp barrier
         for (int64_t i = 0; i < m; i++) rms_norm(s->hidden + i * d->hidden, b->attention_norm, d->hidden, d->epsilon, normed + i * d->hidden);
-        apply(&b->gate, normed, s->gate, m, team);
-        apply(&b->up, normed, s->up, m, team);
+        apply(&b->gate, normed, s->gate, m, &b->up, team);
+        apply(&b->up, normed, s->up, m, &b->down, team);
         gated(s->gate, s->up, b->gate.rows, m, team);
 #pragma omp barrier
-        apply(&b->down, s->gate, s->projected, m, team);
+        apply(&b->down, s->gate, s->projected, m, n + 1 < d->depth ? &b[1].query : &d->head, team);
         add_rows(s->hidden, s->projected, d->hidden, m, team);
 #pragma omp barrier
     }
     for (int64_t i = 0; i < m; i++) rms_norm(s->hidden + i * d->hidden, d->final_norm, d->hidden, d->epsilon, normed + i * d->hidden);
-    apply(&d->head, normed, logits, m, team);
+    apply(&d->head, normed, logits, m, NULL, team);
 }
 
 /* Floats that each thread has for itself. */
