@@ -1,13 +1,24 @@
-"""Every shipped recipe is run, the large ones in their smoke form: the same transforms on a tiny shape."""
+"""Every shipped recipe is run, the large ones in their smoke form: the same transforms on a tiny shape.
+
+The arms share this process: in processes of their own, which other tests start, every run would import for half a minute.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+import optkit
+from optkit.core import files
+from optkit.harness import stages
+from optkit.harness.arm import Arm
+from optkit.harness.processes import Tell, Workers
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = sorted(RECIPES.glob("*.yaml"))
@@ -18,18 +29,71 @@ TEXTS = "optkit/harness/*.py"  # a small corpus: that of the standard library ta
 TINY = "{shape: {layers: 2, hidden_size: 128, heads: 2, intermediate_size: 256, vocabulary: 512}}"
 
 
-def run(recipe: Path, out: Path, *overrides: str) -> dict:
-    sets = [part for override in (*SHORT, *overrides) for part in ("--set", override)]
-    command = [sys.executable, "-m", "optkit", "run", str(recipe), "--quick", "--json", "--out", str(out), *sets]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=RECIPES.parent)
-    assert done.returncode in (0, 1), done.stderr
-    return json.loads(done.stdout)
+class WorkersHere:
+    """One arm; what goes to it and comes from it is JSON, as between processes."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self.name = name
+        self.facts: dict[str, Any] = {}
+        self._tell: Tell | None = None
+        self._arm = Arm(0, 1, "", threads, lambda text: self._tell(text) if self._tell else None)
+        self._answers: list[Any] = []
+
+    def ask(self, do: str, deadline_s: float = 0, tell: Tell | None = None, **arguments: Any) -> Any:
+        return self.ask_all(do, deadline_s, tell, **arguments)[0]
+
+    def ask_all(self, do: str, deadline_s: float = 0, tell: Tell | None = None, **arguments: Any) -> list[Any]:
+        self._tell = tell
+        self.send(do, **arguments)
+        return self.gather()
+
+    def send(self, do: str, **arguments: Any) -> None:
+        answer = getattr(self._arm, f"do_{do}")(**json.loads(json.dumps(arguments)))
+        self._answers.append(json.loads(json.dumps({} if answer is None else answer)))
+
+    def gather(self, deadline_s: float = 0, tell: Tell | None = None) -> list[Any]:
+        return [self._answers.pop(0)]
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        yield
+
+    def pause(self) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+    def __enter__(self) -> WorkersHere:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        torch.compiler.reset()
+
+
+def workers(name: str, threads: int, folder: Path, ranks: int = 1) -> Workers | WorkersHere:
+    """Return an arm of this process; ranks, which must meet, are processes all the same."""
+    return Workers(name, threads, folder, ranks) if ranks > 1 else WorkersHere(name, threads)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Return a function that runs a recipe to its sealed folder and gives the report that stands in it."""
+
+    def to_the_end(recipe: Path, *overrides: str) -> dict[str, Any]:
+        monkeypatch.setattr(stages, "Workers", workers)
+        optkit.run(recipe, quick=True, out=tmp_path, overrides=(*SHORT, *overrides))
+        (folder,) = (tmp_path / recipe.stem).iterdir()
+        files.verify(folder)
+        return json.loads((folder / "report.json").read_text())
+
+    return to_the_end
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", SMALL, ids=lambda path: path.stem)
-def test_a_shipped_recipe_runs_and_reports(recipe, tmp_path):
-    report = run(recipe, tmp_path, f"task={{language-modeling: {{corpus: {TEXTS}, tokens: 2048}}}}", *QUICKER.get(recipe.stem, ()))
+def test_a_shipped_recipe_runs_and_reports(recipe, run):
+    report = run(recipe, f"task={{language-modeling: {{corpus: {TEXTS}, tokens: 2048}}}}", *QUICKER.get(recipe.stem, ()))
     compared = {entry["metric"]: entry for entry in report["comparisons"] if entry["arm"] == "optimized"}
     assert {"tpot_ms", "ttft_ms", "perplexity", "artefact_bytes"} <= compared.keys()
     assert all(entry["verdict"] in ("better", "worse", "same", "unclear") for entry in compared.values())
@@ -38,8 +102,8 @@ def test_a_shipped_recipe_runs_and_reports(recipe, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", SCALE, ids=lambda path: path.stem)
-def test_a_recipe_of_scale_runs_in_its_smoke_form(recipe, tmp_path):
-    report = run(recipe, tmp_path, f"model={TINY}")
+def test_a_recipe_of_scale_runs_in_its_smoke_form(recipe, run):
+    report = run(recipe, f"model={TINY}")
     assert any("random" in note for note in report["notes"])
     assert "perplexity" not in report["arms"]["optimized"]["metrics"]
     assert report["arms"]["optimized"]["metrics"]["tpot_ms"]["value"] > 0
