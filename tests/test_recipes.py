@@ -93,7 +93,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", SMALL, ids=lambda path: path.stem)
 def test_a_shipped_recipe_runs_and_reports(recipe, run):
-    report = run(recipe, f"task={{language-modeling: {{corpus: {TEXTS}, tokens: 2048}}}}", *QUICKER.get(recipe.stem, ()))
+    report = run(recipe, f"task={{language-modeling: {{corpus: {TEXTS}, tokens: 512, window: 128}}}}", *QUICKER.get(recipe.stem, ()))
     compared = {entry["metric"]: entry for entry in report["comparisons"] if entry["arm"] == "optimized"}
     assert {"tpot_ms", "ttft_ms", "perplexity", "artefact_bytes"} <= compared.keys()
     assert all(entry["verdict"] in ("better", "worse", "same", "unclear") for entry in compared.values())
