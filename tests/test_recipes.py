@@ -22,7 +22,12 @@ from optkit.harness.processes import Tell, Workers
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = sorted(RECIPES.glob("*.yaml"))
-SCALE = sorted((RECIPES / "scale").glob("*.yaml"))
+SCALE = [
+    pytest.param(path, marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")])
+    if path.stem.endswith("-cuda")
+    else path
+    for path in sorted((RECIPES / "scale").glob("*.yaml"))
+]
 SHORT = ["threads=1", "measure.latency.seconds=1", "measure.latency.new_tokens=10", "measure.latency.prompt_tokens=16"]
 QUICKER = {"qat-int4": ("transforms.0.qat.steps=2",), "mixed": ("transforms.0.mixed={layers: {'*': int8}}",)}
 TEXTS = "optkit/harness/*.py"  # a small corpus: that of the standard library takes every process some seconds

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optkit.engines.eager import cache_name
+from optkit.core.device import place_of
+from optkit.engines.eager import at, at_host, cache_name
 from optkit.engines.held import held_bytes
 from optkit.kernels.packed import prepare_layers
 
@@ -24,7 +25,10 @@ class CompiledEngine:
         self._key = (0, 0)  # sequences, and positions of their cache
         self._length = 0
         self._cache_name = cache_name(module)
-        self._graph = torch.compile(self._forward, fullgraph=True, dynamic=False)
+        self._device = place_of(module)
+        # On CUDA a step is a replay of one recorded graph of launches, which would else cost more than the work.
+        self._recorded = self._device.type == "cuda"
+        self._graph = torch.compile(self._forward, fullgraph=True, dynamic=False, mode="reduce-overhead" if self._recorded else None)
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor) -> Tensor:
@@ -34,7 +38,7 @@ class CompiledEngine:
         self._key = (batch, _rounded(self._length + _ROUND_TO // 2))
         cache = self._cache()
         cache.reset()
-        output = self.module(input_ids=input_ids, use_cache=True, **{self._cache_name: cache})
+        output = self.module(input_ids=input_ids.to(self._device), use_cache=True, **{self._cache_name: cache})
         logits: Tensor = output.logits[:, -1]
         return logits
 
@@ -43,15 +47,18 @@ class CompiledEngine:
         """Take (b,) token ids, one for each sequence, and return their (b, v) logits."""
         if self._length == self._key[1]:
             self._grow()
-        ids = token_ids[:, None].clone(memory_format=torch.contiguous_format)  # another stride would be another graph
-        logits: Tensor = self._graph(ids, torch.tensor([[self._length]]), self._cache())
+        ids = token_ids[:, None].to(self._device).clone(memory_format=torch.contiguous_format)  # another stride would be another graph
+        positions = torch.tensor([[self._length]], device=self._device)
+        if self._recorded:
+            torch.compiler.cudagraph_mark_step_begin()
+        logits: Tensor = self._graph(ids, positions, self._cache())
         self._length += 1
-        return logits
+        return logits.clone() if self._recorded else logits  # the next replay writes to the same place
 
     @torch.inference_mode()
     def score(self, input_ids: Tensor) -> Tensor:
         """Return the (b, t, v) logits of (b, t) input ids, by one forward of the model's own without a cache."""
-        logits: Tensor = self.module(input_ids=input_ids, use_cache=False).logits
+        logits: Tensor = self.module(input_ids=input_ids.to(self._device), use_cache=False).logits
         return logits
 
     def cache_bytes(self) -> int:
@@ -97,9 +104,10 @@ class CompiledForward:
     def __init__(self, module: nn.Module) -> None:
         self.module = module.eval()
         prepare_layers(self.module)
+        self._device = place_of(module)
         self._graph = torch.compile(self.module)
 
     @torch.inference_mode()
     def forward(self, batch: Mapping[str, Tensor]) -> Any:
-        """Return the module's output for one batch of keyword inputs."""
-        return self._graph(**batch)
+        """Return the module's output for one batch of keyword inputs, in the memory of the host."""
+        return at_host(self._graph(**at(self._device, batch)))

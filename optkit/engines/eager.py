@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from optkit.core.device import place_of
 from optkit.engines.held import held_bytes
 
 
@@ -17,11 +19,22 @@ def cache_name(module: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
+def at(device: torch.device, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a batch on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def at_host(output: Any) -> Any:
+    """Return an output with its tensors in the memory of the host; from CUDA, that is also the wait for them."""
+    return tree_map(lambda part: part.cpu() if isinstance(part, Tensor) and part.is_cuda else part, output)
+
+
 class EagerEngine:
     """Generates with the key-value cache that transformers makes for the model."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module.eval()
+        self.device = place_of(module)
         self.cache: Any = None
         self._cache_name = cache_name(module)
         # Only the last position's logits are wanted; a model that cannot leave the others out computes them all.
@@ -41,7 +54,7 @@ class EagerEngine:
     @torch.inference_mode()
     def score(self, input_ids: Tensor) -> Tensor:
         """Return the (b, t, v) logits of (b, t) input ids, by one forward without a cache."""
-        logits: Tensor = self.module(input_ids=input_ids, use_cache=False).logits
+        logits: Tensor = self.module(input_ids=input_ids.to(self.device), use_cache=False).logits
         return logits
 
     def cache_bytes(self) -> int:
@@ -53,7 +66,7 @@ class EagerEngine:
         self.cache = None
 
     def _run(self, ids: Tensor) -> Tensor:
-        output = self.module(input_ids=ids, use_cache=True, **{self._cache_name: self.cache}, **self._keep)
+        output = self.module(input_ids=ids.to(self.device), use_cache=True, **{self._cache_name: self.cache}, **self._keep)
         self.cache = output[self._cache_name]
         logits: Tensor = output.logits[:, -1]
         return logits
@@ -64,8 +77,9 @@ class EagerForward:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module.eval()
+        self.device = place_of(module)
 
     @torch.inference_mode()
     def forward(self, batch: Mapping[str, Tensor]) -> Any:
-        """Return the module's output for one batch of keyword inputs."""
-        return self.module(**batch)
+        """Return the module's output for one batch of keyword inputs, in the memory of the host."""
+        return at_host(self.module(**at(self.device, batch)))

@@ -45,7 +45,7 @@ class KvCacheEngine(EagerEngine):
         whole = self.keep_recent == 0 or self.keep_recent >= input_ids.shape[1]
         pieces = input_ids.split(input_ids.shape[1] if whole else max(1, self.keep_recent // _PIECES), dim=1)
         cache = self._fresh()
-        parts = [self.module(input_ids=piece, use_cache=True, **{self._cache_name: cache}).logits for piece in pieces]
+        parts = [self.module(input_ids=piece.to(self.device), use_cache=True, **{self._cache_name: cache}).logits for piece in pieces]
         self._refuse_unused(cache)
         return torch.cat(parts, dim=1)
 

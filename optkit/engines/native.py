@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optkit.core.device import place_of
 from optkit.core.errors import TransformError
 from optkit.engines.eager import EagerEngine
 from optkit.engines.held import held_bytes
@@ -126,6 +127,9 @@ def refusal(module: nn.Module, cache: Mapping[str, Any] | None = None) -> str | 
     family = getattr(config, "model_type", type(module).__name__)
     if config is None or family not in FAMILIES:
         return f"{family} is none of {', '.join(FAMILIES)}"
+    place = place_of(module)
+    if place.type not in ("cpu", "meta"):
+        return f"the model is on {place}"
     if native() is None:
         return explain()
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")

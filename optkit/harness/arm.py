@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from optkit.core import files
+from optkit.core.device import CPU, device_of
 from optkit.core.errors import telling
 from optkit.core.group import Group
 from optkit.core.subject import Calibration, Subject
@@ -38,6 +39,7 @@ class Arm:
         torch.set_num_threads(threads)
         self._tell = tell
         self._group = _join(rank, ranks, meeting)
+        self._device = CPU
         self._opened: Opened | None = None
         self._sessions: dict[int, Session] = {}
         self._runtime_bytes = 0
@@ -102,8 +104,10 @@ class Arm:
     def do_open(self, recipe: dict[str, Any], folder: str, workload: str | None) -> dict[str, Any]:
         """Open an artefact as the arm to measure."""
         wanted = recipe_from_dict(recipe)
-        self._runtime_bytes = resident_bytes()
+        self._device = device_of(wanted.device)
+        self._runtime_bytes = resident_bytes(self._device)
         subject = _load(folder, workload)
+        subject = replace(subject, module=subject.module.to(self._device))
         self._opened = Opened(subject, engine_for(subject), task_for(wanted, subject.kind, workload))
         return {
             "history": [asdict(step) for step in subject.history],
@@ -112,10 +116,10 @@ class Arm:
             "dtype": _dtypes(subject.module),
             "parameters": _parameters(subject.module),
             "ranks": self._group.size,
-            "opening_peak_bytes": peak_bytes(),
+            "opening_peak_bytes": peak_bytes(self._device),
             "weight_bytes_per_token": weight_bytes_per_token(subject.module),
             "engine": told(self._opened.engine),
-            "kernels": _kernels(subject.module),
+            "kernels": _kernels(subject.module, self._device),
         }
 
     def do_evaluate(self, reference: str | None, keep: str | None) -> dict[str, Any]:
@@ -135,7 +139,7 @@ class Arm:
             self._arm().engine.reset()  # a rank without a sequence of this batch would still hold one of the last
         warm_up = [session.block() for _ in range(meter.blocks_per_round(generates))]  # type: ignore[attr-defined]
         self._sessions[batch_size] = session
-        forget_peak()
+        forget_peak(self._device)
         return {"warm_up_ms": sum(sum(times) for block in warm_up for times in block.values())}
 
     def do_block(self, batch_size: int) -> dict[str, Any]:
@@ -146,11 +150,11 @@ class Arm:
         """Return this rank's peak resident memory since serving began, what the empty runtime took, and what its cache holds now."""
         generates = self._opened is not None and self._opened.subject.kind == "causal-lm"
         held = self._arm().engine.cache_bytes() if generates else 0
-        return {"peak_bytes": peak_bytes(), "runtime_bytes": self._runtime_bytes, "cache_bytes": held}
+        return {"peak_bytes": peak_bytes(self._device), "runtime_bytes": self._runtime_bytes, "cache_bytes": held}
 
     def do_roof(self, size_bytes: int) -> dict[str, Any]:
         """Return the read bandwidth that this process reaches on a buffer of this size."""
-        return {"bytes_per_second": read_bandwidth(size_bytes)}
+        return {"bytes_per_second": read_bandwidth(size_bytes, device=self._device)}
 
     def _arm(self) -> Opened:
         assert self._opened is not None, "open comes first"
@@ -196,9 +200,11 @@ def _parameters(module: torch.nn.Module) -> int:
     return packed + sum(parameter.numel() for parameter in module.parameters())
 
 
-def _kernels(module: torch.nn.Module) -> str | None:
+def _kernels(module: torch.nn.Module, device: torch.device) -> str | None:
     if not any(hasattr(layer, "weight_bytes") for layer in module.modules()):
         return None
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}: tinygemm for int4 by bfloat16, products of PyTorch for the rest"
     from optkit.kernels.native import explain
 
     return explain()

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from optkit.core import files
+from optkit.core.device import device_of
 from optkit.core.errors import DataError, ModelError, OptkitError, Problem, ProblemsError, ResourceError
 from optkit.core.registry import did_you_mean
 from optkit.core.subject import Kind, Subject
@@ -55,7 +56,7 @@ def check_recipe(recipe: Recipe, name: str, trust_remote_code: bool = False) -> 
         raise ProblemsError(name, [Problem(line_of(name, ("model",)), "model", str(error))]) from None
     task = task_for(recipe, outline.kind)
     weights = sum(tensor.numel() for tensor in distinct_tensors(outline.module).values())
-    problems = [*_positions(recipe, name, outline), *_data(task, name), *_metrics(recipe, name, task, outline.kind)]
+    problems = [*_device(recipe, name), *_positions(recipe, name, outline), *_data(task, name), *_metrics(recipe, name, task, outline.kind)]
     latency = recipe.measure.get("latency")
     sizes = latency.batch_sizes if isinstance(latency, Latency) else (1,)
     for position, step in enumerate(recipe.transforms):
@@ -65,6 +66,9 @@ def check_recipe(recipe: Recipe, name: str, trust_remote_code: bool = False) -> 
                 outline = step.preview(outline)
         except OptkitError as error:
             problems.append(Problem(line_of(name, ("transforms", position)), f"transforms[{position}].{step.step().name}", str(error)))
+    if outline.replicas > 1 and recipe.device != "cpu":
+        message = f"{outline.replicas} processes of one arm meet on the CPU alone so far; leave out data_parallel, or set device to cpu"
+        problems.append(Problem(line_of(name, ("device",)), "device", message))
     if problems:
         raise ProblemsError(name, problems)
     return Checked(outline, task, weights * _ARTEFACTS_BYTES + _SPARE_BYTES)
@@ -95,6 +99,13 @@ def refuse_small_disk(need_bytes: int, folder: Path) -> None:
         raise ResourceError(
             f"the run needs about {need_bytes / 1e9:.2f} GB in {folder}, and {free / 1e9:.2f} GB are free; choose another folder with --out"
         )
+
+
+def _device(recipe: Recipe, name: str) -> Iterator[Problem]:
+    try:
+        device_of(recipe.device)
+    except ResourceError as error:
+        yield Problem(line_of(name, ("device",)), "device", str(error))
 
 
 def _data(task: Task, name: str) -> Iterator[Problem]:

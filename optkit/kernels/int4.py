@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional
 
 from optkit.core.errors import TransformError
@@ -17,6 +18,7 @@ from optkit.kernels.clipping import SHRINKS, search, search_symmetric
 from optkit.kernels.guards import dtype_named, refuse_non_finite, refuse_non_matrix, refuse_override, row_chunks
 from optkit.kernels.layout import groups_from_kernel, groups_to_kernel, pack_nibbles, unpack_nibbles
 from optkit.kernels.packed import Operands, PackedLinear
+from optkit.kernels.tinygemm import Tiles, fits, product, tiles_of
 
 GROUP_SIZES = (32, 64, 128)  # those of common use
 GROUP_STEP = 32  # the kernels take any multiple of it
@@ -99,6 +101,7 @@ class Int4Linear(PackedLinear):
         super().__init__(tensors, bias, (2 * half, rows), compute_dtype)
         self.group_size = group_size
         self.scale_dtype = tensors[1].dtype
+        self.tiles: Tiles | None = None  # on CUDA; the portable numbers are in the memory of the host meanwhile
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None = None, group_size: int = 64, clip_search: bool = True) -> Self:
@@ -156,6 +159,40 @@ class Int4Linear(PackedLinear):
         """Return the weight (out_features, in_features) as floats of this dtype."""
         q, scale, point = self.tensors()
         return dequantize_groups(q, scale, point, dtype)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the saved tensors in the portable layout, whichever layout is in memory, and all on one device."""
+        q, *rest = super().tensors()
+        return (q.to(rest[0].device), *rest)
+
+    def prepare_on_cuda(self) -> None:
+        """Make the layout of tinygemm, where the layer is on CUDA and fits; the portable numbers go to the host's memory."""
+        scale = self._buffers["scale"]
+        if self.tiles is not None or scale is None or not scale.is_cuda or scale.dtype != torch.bfloat16:
+            return
+        if fits(*self._sizes(), self.group_size):
+            self.tiles = tiles_of(*self.tensors())
+            self._buffers["qweight"] = self._buffers["qweight"].cpu()  # type: ignore[union-attr]
+
+    def restore(self) -> None:
+        """Go back to the portable layout."""
+        super().restore()
+        if self.tiles is not None:
+            self._buffers["qweight"] = self.tensors()[0]
+            self.tiles = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "tiles": None}
+
+    def _forward_torch(self, input: Tensor) -> Tensor:
+        frozen = not (torch.is_grad_enabled() and input.requires_grad)
+        if not (input.is_cuda and input.dtype == torch.bfloat16 and frozen):
+            return super()._forward_torch(input)
+        if self.tiles is None and not is_compiling():
+            self.prepare_on_cuda()
+        if self.tiles is None:
+            return super()._forward_torch(input)
+        return product(input, self.tiles, self.group_size, self.bias)
 
     def _to_kernel(self) -> Tensor:
         q, scale, point = self.tensors()

@@ -88,10 +88,11 @@ class PackedLayer(nn.Module):
         """Make the kernel layout now, in place of the portable one; return False where no kernel can run: no backend, or not on the CPU."""
         if self.plan is not None:
             return True
-        held = next(tensor for tensor in self._buffers.values() if tensor is not None)
+        held = [tensor for tensor in self._buffers.values() if tensor is not None][-1]
         found = native() if held.device.type == "cpu" else None
         if found is None:
-            self.restore()
+            if self.kernel is not None:
+                self.restore()
             return False
         with _PACKING:
             if self.kernel is None:
@@ -102,6 +103,9 @@ class PackedLayer(nn.Module):
             struct, address = struct_of(self.kernel, rows, cols, *self._operands())
             self.plan = Plan(found, address, struct, tuple(tensor for tensor in self._buffers.values() if tensor is not None))
         return True
+
+    def prepare_on_cuda(self) -> None:
+        """Make a layout for CUDA, where there is one beside the portable one and the layer is there."""
 
     def restore(self) -> None:
         """Go back to the portable layout, in place of the kernel one."""
@@ -221,8 +225,11 @@ class PackedLinear(PackedLayer, nn.Linear):
 def prepare_layers(module: nn.Module) -> int:
     """Make the kernel layout of every packed layer in a module, as compiled models need before tracing; return how many layers have one."""
     global _traced_natively
-    count = sum(layer.owner.prepare() for layer in module.modules() if isinstance(layer, PackedLinear))
+    layers = [layer.owner for layer in module.modules() if isinstance(layer, PackedLinear)]
+    count = sum(layer.prepare() for layer in layers)
     _traced_natively = count > 0 and has_native_operator()
+    for layer in layers:
+        layer.prepare_on_cuda()
     return count
 
 

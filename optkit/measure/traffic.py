@@ -8,6 +8,8 @@ from statistics import median
 import torch
 from torch import nn
 
+from optkit.core.device import CPU
+
 
 def weight_bytes_per_token(module: nn.Module) -> int:
     """Return the bytes of weights that generating one token reads: every matrix once, of an embedding one row.
@@ -34,12 +36,12 @@ def weight_bytes_per_token(module: nn.Module) -> int:
     return int(total)
 
 
-def read_bandwidth(size_bytes: int, repeats: int = 12) -> float:
-    """Return bytes per second of a read-only sweep over a buffer of this size by all threads: the median of the repeats."""
-    buffer = torch.ones(max(size_bytes, 1 << 20) // 4, dtype=torch.int32)
+def read_bandwidth(size_bytes: int, repeats: int = 12, device: torch.device = CPU) -> float:
+    """Return bytes per second of a read-only sweep over a buffer of this size by the whole device: the median of the repeats."""
+    buffer = torch.ones(max(size_bytes, 1 << 20) // 4, dtype=torch.int32, device=device)
     rates = []
     for _ in range(repeats):
         start = time.perf_counter()
-        buffer.max()
+        buffer.max().item()
         rates.append(buffer.numel() * 4 / (time.perf_counter() - start))
     return median(rates)

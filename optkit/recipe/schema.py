@@ -108,6 +108,9 @@ class Plain(Settings):
     description: str | None = Field(default=None, max_length=2000, description="what the recipe is for")
     baseline: Baseline | None = Field(default=None, description="the baseline; default: the model as it is stored")
     threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(default=None, description="threads of each process; default: all cores")
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]{1,3})?)$")] = Field(
+        default="cpu", description="where the arms compute: cpu, cuda or cuda:N; they are prepared on the CPU"
+    )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="start of all random numbers")
     limits: Mapping[MetricName, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="largest allowed ratio after/before of metrics; the run fails where one is exceeded"
@@ -158,6 +161,7 @@ class Recipe(Plain):
             "model": {"shape": self.model.model_dump(mode="json")} if isinstance(self.model, Shape) else self.model,
             "baseline": self.baseline and self.baseline.model_dump(mode="json"),
             "threads": self.threads,
+            "device": self.device,
             "seed": self.seed,
             "task": task,
             "transforms": [{word_of(optkit.transforms.TRANSFORMS, step): step.model_dump(mode="json")} for step in self.transforms],

@@ -206,7 +206,7 @@ def _logits(engine: Any, windows: Tensor, first: int, vocabulary: int) -> Iterat
     for start in range(0, len(windows), together):
         batch = engine.score(windows[start : start + together])
         for offset, logits in enumerate(batch):
-            yield start + offset, logits[first - 1 : -1].float()
+            yield start + offset, logits[first - 1 : -1].cpu().float()
 
 
 def _score(subject: Subject, window: Tensor, logits: Tensor, first: int) -> dict[str, float]:
