@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class LanguageModeling(Task):
 
     def calibration(self, subject: Subject, items: int = 32) -> Calibration:
         """Return windows of the calibration texts, evenly spread over them, in batches of 4."""
-        windows = _cut(_stream(subject, self._corpus().calibration), self._window(subject), None)
+        windows = _cut(self._stream(subject, "calibration"), self._window(subject), None)
         return Calibration(tuple({"input_ids": rows} for rows in _spread(windows, items).split(4)))
 
     def evaluate(self, subject: Subject, engine: Any, group: Group, reference: Path | None, keep: Path | None) -> Samples:
@@ -130,7 +131,7 @@ class LanguageModeling(Task):
         if subject.tokenizer is None:
             vocabulary: int = subject.module.config.vocab_size  # type: ignore[union-attr,assignment]
             return torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
-        windows = _cut(_stream(subject, self._corpus().evaluation), length, None)
+        windows = _cut(self._stream(subject, "evaluation"), length, None)
         return _spread(windows.repeat(-(-count // len(windows)), 1), count)
 
     def _continue(self, subject: Subject, engine: Any, group: Group) -> Tensor:
@@ -143,15 +144,34 @@ class LanguageModeling(Task):
         return torch.tensor(group.join(torch.stack(tokens, 1).tolist() if tokens else []))
 
     def _evaluated(self, subject: Subject) -> tuple[Corpus, Tensor]:
-        corpus = self._corpus()
-        windows = _cut(_stream(subject, corpus.evaluation), self._window(subject), self.stride)
-        return corpus, _spread(windows, max(1, self.tokens // windows.shape[1]))
+        windows = _cut(self._stream(subject, "evaluation"), self._window(subject), self.stride)
+        return self._texts(), _spread(windows, max(1, self.tokens // windows.shape[1]))
 
     def _window(self, subject: Subject) -> int:
         longest = getattr(subject.module.config, "max_position_embeddings", None) or self.window
         return min(self.window, longest) if isinstance(longest, int) else self.window
 
-    def _corpus(self) -> Corpus:
+    def _stream(self, subject: Subject, part: Literal["calibration", "evaluation"]) -> Tensor:
+        """Return the token ids of one part of the corpus, made once for a tokenizer: it takes seconds, and is asked for again and again."""
+        tokenizer, stream = self._kept.get((part, self.corpus), (None, None))
+        if stream is None or tokenizer is not subject.tokenizer:
+            stream = _stream(subject, getattr(self._texts(), part))
+            self._kept[part, self.corpus] = subject.tokenizer, stream
+        found: Tensor = stream
+        return found
+
+    def _texts(self) -> Corpus:
+        if self.corpus not in self._kept:
+            self._kept[self.corpus] = self._read()
+        found: Corpus = self._kept[self.corpus]
+        return found
+
+    @cached_property
+    def _kept(self) -> dict[Any, Any]:
+        """What was read, by the corpus it is of: copies of a task with other settings share it."""
+        return {}
+
+    def _read(self) -> Corpus:
         if isinstance(self.corpus, TextFiles):
             return file_corpus(self.corpus.files, self.corpus.column)
         if isinstance(self.corpus, HubText):

@@ -269,3 +269,18 @@ def test_answers_of_all_ranks_are_read_in_order(tmp_path: Path) -> None:
 
 def test_the_registry_knows_the_task() -> None:
     assert TASKS["language-modeling"] is LanguageModeling
+
+
+def test_a_corpus_is_read_once_by_a_task_and_its_copies_and_by_no_other(
+    task: Callable[..., LanguageModeling], subject: Subjects, tmp_path: Path
+) -> None:
+    one, model = task(), subject()
+    before = one._evaluated(model)
+    for path in tmp_path.glob("3*.txt"):
+        path.unlink()
+    copy = one.model_copy(update={"tokens": 64})
+    torch.testing.assert_close(one._evaluated(model)[1], before[1], rtol=0, atol=0)
+    assert copy._evaluated(model)[0] is before[0]
+    assert len(task()._evaluated(model)[1]) < len(before[1])
+    other = one.model_copy(update={"corpus": TextFiles(files=(str(tmp_path / "1*.txt"),))})
+    assert other._evaluated(model)[0].sha256 != before[0].sha256
