@@ -163,6 +163,8 @@ def test_the_public_names_of_the_transforms_stay() -> None:
         "Nf4",
         "Qat",
         "Smoothquant",
+        "Sparsegpt",
+        "Wanda",
     ]
     assert sorted(optkit.transforms.__all__) == sorted(["TRANSFORMS", "Calibration", "Plan", "Stage", "Transform", *classes])
     assert [getattr(optkit.transforms, one).__name__ for one in classes] == classes

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from optkit.transforms.parallel.data_parallel import DataParallel as DataParallel
     from optkit.transforms.prune.drop_layers import DropLayers as DropLayers
     from optkit.transforms.prune.magnitude import Magnitude as Magnitude
+    from optkit.transforms.prune.sparsegpt import Sparsegpt as Sparsegpt
+    from optkit.transforms.prune.wanda import Wanda as Wanda
     from optkit.transforms.quantize.int4 import Int4 as Int4
     from optkit.transforms.quantize.int8 import Int8 as Int8
     from optkit.transforms.quantize.llm_int8 import LlmInt8 as LlmInt8
@@ -27,6 +29,8 @@ TRANSFORMS: Registry[Transform] = Registry(
     "transform",
     {
         "magnitude": "optkit.transforms.prune.magnitude:Magnitude",
+        "wanda": "optkit.transforms.prune.wanda:Wanda",
+        "sparsegpt": "optkit.transforms.prune.sparsegpt:Sparsegpt",
         "drop_layers": "optkit.transforms.prune.drop_layers:DropLayers",
         "dtype": "optkit.transforms.dtype:Dtype",
         "int8": "optkit.transforms.quantize.int8:Int8",
@@ -59,8 +63,10 @@ __all__ = [
     "Plan",
     "Qat",
     "Smoothquant",
+    "Sparsegpt",
     "Stage",
     "Transform",
+    "Wanda",
 ]
 
 

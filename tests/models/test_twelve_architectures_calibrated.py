@@ -15,7 +15,7 @@ import optkit
 from optkit.core.errors import OptkitError
 from optkit.core.subject import Calibration, Subject
 from optkit.models.sources import outline_model
-from optkit.transforms import Int8, Mixed, Plan, Smoothquant, Transform
+from optkit.transforms import Int8, Mixed, Plan, Smoothquant, Sparsegpt, Transform, Wanda
 
 _SPEC = importlib.util.spec_from_file_location("twelve", Path(__file__).parent / "test_twelve_architectures.py")
 assert _SPEC is not None and _SPEC.loader is not None
@@ -27,6 +27,8 @@ TRANSFORMS: dict[str, tuple[Transform, ...]] = {
     "static": (Int8(activations="static"),),
     "mixed": (Mixed(bits=6.0, group_size=32),),
     "smoothquant": (Smoothquant(through="all"), Int8(activations="dynamic")),
+    "wanda": (Wanda(sparsity=0.1),),
+    "sparsegpt": (Sparsegpt(sparsity=0.1),),
 }
 CELLS = [(model, name) for model in twelve.ARCHITECTURES for name in TRANSFORMS]
 Logits = Callable[[nn.Module], Tensor]

@@ -22,6 +22,8 @@ from optkit.transforms import TRANSFORMS, Plan, Stage, Transform
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "magnitude": {},
+    "wanda": {},
+    "sparsegpt": {},
     "drop_layers": {"layers": (1,)},
     "dtype": {"dtype": "bfloat16"},
     "int8": {},

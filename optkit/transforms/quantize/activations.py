@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from optkit.core.errors import TransformError
 from optkit.core.subject import Calibration
-from optkit.transforms.quantize.tracing import evaluating
+from optkit.transforms.tracing import evaluating
 
 _BINS = 8192
 _CLIPS = 64  # scales tried: from the one that holds the largest value down to a tenth of it

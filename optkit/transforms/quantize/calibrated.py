@@ -15,10 +15,10 @@ from optkit.kernels.clipping import SHRINKS, search, search_symmetric
 from optkit.kernels.guards import refuse_non_finite
 from optkit.kernels.int4 import Int4Linear, dequantize_groups, quantize_groups
 from optkit.transforms.layers import replace_layer, weight_of
+from optkit.transforms.moments import Moments, by_blocks
 from optkit.transforms.quantize.awq import activation_scale
 from optkit.transforms.quantize.folding import Fold, apply_fold, folds, shared
 from optkit.transforms.quantize.gptq import gptq, importance_of
-from optkit.transforms.quantize.moments import Moments, by_blocks
 from optkit.transforms.quantize.packing import bias_of
 
 Packed = tuple[Tensor, Tensor, Tensor]

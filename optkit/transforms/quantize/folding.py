@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from optkit.core.errors import TransformError
 from optkit.transforms.layers import blocks, weight_of
-from optkit.transforms.quantize.tracing import Trace, answer_of, evaluating, some_tokens
+from optkit.transforms.tracing import Trace, answer_of, evaluating, some_tokens
 
 _TRIED = 4  # linear layers before a consumer that are tried as its producer, the nearest first
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest answer; for 16 bits:

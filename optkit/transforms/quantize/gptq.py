@@ -12,9 +12,9 @@ from optkit.core.errors import TransformError
 from optkit.kernels.clipping import LEVELS
 from optkit.kernels.int4 import quantize_groups
 from optkit.kernels.layout import pack_nibbles
+from optkit.transforms.moments import inverse_factor
 
 _TOGETHER = 128  # columns whose feedback to the rest is given in one product
-_MOST_DAMPING = 1.0
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def gptq(
     importance = importance_of(gram.diagonal())
     _, scale, point = quantize_groups(weight, group_size, symmetric=symmetric, importance=importance)
     order = importance.argsort(descending=True, stable=True) if act_order else torch.arange(len(gram))
-    factor = _factor(gram.float()[order][:, order], damping)
+    factor = inverse_factor(gram.float()[order][:, order], damping)
     left = weight.float().T[order].contiguous()  # (in, out): a column of the weight is a row here
     steps, points = scale.float().T, point.float().T
     q = torch.empty(left.shape, dtype=torch.uint8)
@@ -67,18 +67,3 @@ def importance_of(squares: Tensor) -> Tensor:
     """Return mean squares of inputs (in,), a little more than 0 where there are none, so that such a column is still rounded to nearest."""
     mean = squares.float().mean()
     return squares.float() + 1e-3 * mean if bool(mean > 0) else torch.ones_like(squares)
-
-
-def _factor(gram: Tensor, damping: float) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of the damped gram matrix."""
-    mean = float(gram.diagonal().mean()) or 1.0
-    while damping <= _MOST_DAMPING:
-        damped = gram + torch.eye(len(gram)) * (damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            upper: Tensor
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed) and bool(torch.isfinite(upper).all()):
-                return upper
-        damping *= 10
-    raise TransformError("the moments of the calibration inputs have no Cholesky factor; give more calibration data, or use method awq")

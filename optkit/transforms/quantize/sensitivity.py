@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from optkit.core.errors import TransformError
 from optkit.core.subject import Calibration
-from optkit.transforms.quantize.tracing import answer_of, evaluating
+from optkit.transforms.tracing import answer_of, evaluating
 
 _WORK = 3e12  # multiplications and additions that all runs together may take, about
 _FEWEST, _MOST = 64, 4096  # tokens

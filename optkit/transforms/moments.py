@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from optkit.core.errors import TransformError
 from optkit.core.subject import Calibration
 from optkit.transforms.layers import blocks
-from optkit.transforms.quantize.tracing import evaluating
+from optkit.transforms.tracing import evaluating
+
+_MOST_DAMPING = 1.0
 
 
 class Moments:
@@ -49,6 +51,25 @@ class Moments:
         """Go on as if the inputs had been divided by a scale (in,)."""
         self._gram /= scale[:, None] * scale
         self._magnitude /= scale
+
+
+def inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """Return the upper Cholesky factor of the inverse of gram (in, in) with ``damping`` times its mean diagonal on the diagonal.
+
+    Raises:
+        TransformError: there is none, whatever the damping.
+    """
+    mean = float(gram.diagonal().mean()) or 1.0
+    while damping <= _MOST_DAMPING:
+        damped = gram + torch.eye(len(gram)) * (damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            upper: Tensor
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(failed) and bool(torch.isfinite(upper).all()):
+                return upper
+        damping *= 10
+    raise TransformError("the moments of the calibration inputs have no Cholesky factor; give more calibration data, or use method awq")
 
 
 Work = Callable[[Mapping[str, Moments]], None]
