@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from optkit.core.errors import TargetError, TransformError
 from optkit.core.subject import Subject
 from optkit.core.targets import Targets
 from optkit.kernels.int8 import Int8Embedding, Int8Linear
-from optkit.transforms import Int8, Plan
+from optkit.transforms import Int4, Int8, Plan, Transform
+from optkit.transforms.quantize import packing
 
 Subjects = Callable[..., Subject]
 Logits = Callable[[nn.Module], Tensor]
@@ -208,3 +210,20 @@ def test_gradients_reach_the_input_through_a_packed_layer(mlp: Callable[[], nn.M
     module(x).sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("change", [Int8(), Int8(activations="dynamic"), Int4(group_size=32)], ids=lambda change: repr(change)[:30])
+def test_each_float_weight_goes_when_its_layer_is_packed(subject: Subjects, monkeypatch: pytest.MonkeyPatch, change: Transform) -> None:
+    module = subject(tie_word_embeddings=False).module
+    floats = [weakref.ref(layer.weight) for layer in module.modules() if isinstance(layer, nn.Linear)]
+    alive: list[int] = []
+    replace_layer = packing.replace_layer
+
+    def counting(*arguments: Any) -> None:
+        alive.append(sum(weight() is not None for weight in floats))
+        replace_layer(*arguments)
+
+    monkeypatch.setattr(packing, "replace_layer", counting)
+    packed = change.apply(module)
+    assert alive[0] == len(floats) and alive[-1] <= 2, alive
+    del packed

@@ -64,7 +64,9 @@ class Int8(Transform):
             return (self._pack(scales.get("")) if rounding else plain)(module.weight.detach(), bias_of(module))
         if type(module) in RECURRENT:
             return pack_layers(module, self.targets, plain, plain, recurrent=True)
-        pack_named(module, [name for name in layers if name not in rounding], plain, plain)
+        rest = [name for name in layers if name not in rounding]
+        del layers  # so that each float weight goes when its layer is packed
+        pack_named(module, rest, plain, plain)
         for name in rounding:
             pack = self._pack(scales.get(name))
             pack_named(module, [name], pack, pack)
