@@ -82,13 +82,13 @@ def _round_at_middle(groups: Tensor, scale: Tensor, importance: Tensor | None) -
 
 def _fit(groups: Tensor, q: Tensor, importance: Tensor | None) -> Rounded:
     """Fit scale and point to given numbers by least squares, then round anew."""
-    numbers, weights = q.float(), torch.ones_like(groups[:1]) if importance is None else importance
-    total = weights.sum(dim=-1, keepdim=True)
-    mean = (numbers * weights).sum(dim=-1, keepdim=True) / total
-    center = (groups * weights).sum(dim=-1, keepdim=True) / total
-    spread = ((numbers - mean).square() * weights).sum(dim=-1)
-    scale = ((numbers - mean) * (groups - center) * weights).sum(dim=-1) / torch.where(spread > 0, spread, 1)
-    return _round(groups, scale, center[..., 0] - scale * mean[..., 0], importance)
+    numbers = q.float()
+    total = groups.shape[-1] if importance is None else importance.sum(dim=-1)
+    mean, center = _summed(numbers, importance) / total, _summed(groups, importance) / total
+    numbers -= mean[..., None]
+    spread, product = _summed(numbers.square(), importance), _summed((groups - center[..., None]).mul_(numbers), importance)
+    scale = product / torch.where(spread > 0, spread, 1)
+    return _round(groups, scale, center - scale * mean, importance)
 
 
 def _fit_at_middle(groups: Tensor, q: Tensor, importance: Tensor | None) -> Rounded:
