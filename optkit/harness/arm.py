@@ -204,7 +204,8 @@ def _kernels(module: torch.nn.Module, device: torch.device) -> str | None:
     if not any(hasattr(layer, "weight_bytes") for layer in module.modules()):
         return None
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}: tinygemm for int4 by bfloat16, products of PyTorch for the rest"
+        how = "int4 by tinygemm where inputs are bfloat16 and the sizes fit; all else is turned into floats at every call unless compiled"
+        return f"{torch.cuda.get_device_name(device)}: {how}"
     from optkit.kernels.native import explain
 
     return explain()
