@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -55,9 +56,12 @@ class Calibration:
     """Data that a transform may look at; never part of the evaluation. ``batches`` are the model's keyword arguments.
 
     ``untouched`` opens the model as it was before the first transform, for those that compare with it; None where nobody has kept it.
-    ``tell`` hears how far a long transform has come.
+    ``open_model`` opens another model by the words of a recipe. ``checkpoints`` is a folder where a long transform may keep its state,
+    to go on from it after an interruption. ``tell`` hears how far it has come.
     """
 
     batches: tuple[Mapping[str, Tensor], ...] = field(default=())
     untouched: Callable[[], nn.Module] | None = None
+    open_model: Callable[[str], nn.Module] | None = None
+    checkpoints: Path | None = None
     tell: Callable[[str], None] = lambda text: None

@@ -72,13 +72,19 @@ class Arm:
             "sha256": _digest_of_weights(Path(folder)),
         }
 
-    def do_transform(self, recipe: dict[str, Any], baseline: str, folder: str, workload: str | None) -> dict[str, Any]:
-        """Open the baseline's artefact, apply the recipe's transforms, and save the result."""
+    def do_transform(
+        self, recipe: dict[str, Any], baseline: str, folder: str, between: list[str], checkpoints: str, workload: str | None
+    ) -> dict[str, Any]:
+        """Open the baseline's artefact, apply the recipe's transforms, and save the result; after each but the last, what is there by then.
+
+        ``between`` are the folders of the latter, one for each transform but the last.
+        """
         wanted = recipe_from_dict(recipe)
         subject = _load(baseline, workload)
         task = task_for(wanted, subject.kind, workload)
         seen: dict[int, Calibration | None] = {}
         notes: list[str] = []
+        replicas: list[int] = []
         for number, step in enumerate(wanted.transforms, 1):
             doing = f"applying {step.step().name} ({number} of {len(wanted.transforms)})"
             self._tell(doing)
@@ -91,15 +97,21 @@ class Arm:
                 data = found and replace(
                     found,
                     untouched=lambda: _load(baseline, workload).module,
+                    open_model=lambda spec: open_model(spec).module,
+                    checkpoints=Path(checkpoints) / f"{number}-{step.step().name}",
                     tell=lambda text, doing=doing: self._tell(f"{doing}: {text}"),  # type: ignore[misc]
                 )
             with telling(notes.append):
                 subject = step.apply(subject, data)
+            if number < len(wanted.transforms):
+                artefact.save(subject, between[number - 1])
+                replicas.append(subject.replicas)
         for note in notes:
             self._tell(note)
         self._tell("saving the result")
         artefact.save(subject, folder)
-        return {"history": [asdict(step) for step in subject.history], "replicas": subject.replicas, "notes": notes}
+        history = [asdict(step) for step in subject.history]
+        return {"history": history, "replicas": subject.replicas, "between": replicas, "notes": notes}
 
     def do_open(self, recipe: dict[str, Any], folder: str, workload: str | None) -> dict[str, Any]:
         """Open an artefact as the arm to measure."""

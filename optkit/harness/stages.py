@@ -16,7 +16,7 @@ from optkit.measure.latency import Latency
 from optkit.models.artefact import MANIFEST
 from optkit.recipe.schema import Recipe
 
-BASELINE, OPTIMIZED, AGAIN = "baseline", "optimized", "baseline-again"
+BASELINE, OPTIMIZED, AGAIN, STEP = "baseline", "optimized", "baseline-again", "step-"
 _REFERENCES = ("bfloat16", "float32")
 _QUALITY = "quality-"
 Progress = Callable[[str, float | None], None]
@@ -39,8 +39,10 @@ class Stages:
     def all(self) -> dict[str, Any]:
         """Return the results of all stages, as plain data."""
         baseline, optimized, references = self._prepare_all()
+        steps = dict(zip(self._between(), optimized["between"], strict=True))
+        references = [*steps, *references]
         names = [BASELINE, OPTIMIZED, AGAIN, *references]
-        ranks = dict.fromkeys(names, baseline["replicas"]) | {OPTIMIZED: optimized["replicas"]}
+        ranks = dict.fromkeys(names, baseline["replicas"]) | {OPTIMIZED: optimized["replicas"]} | steps
         pending = [stage for stage in self._measuring(baseline, references) if not self._folder.has(stage)]
         with ExitStack() as stack:
             arms = self._open(names, ranks, stack) if pending else {}
@@ -90,13 +92,22 @@ class Stages:
             workload=self._workload,
         )
 
+    def _between(self) -> list[str]:
+        """Return the names of the arms that stand between baseline and result: after each transform but the last."""
+        return [f"{STEP}{number}" for number in range(1, len(self._recipe.transforms))]
+
     def _transform(self, worker: LazyWorkers) -> Any:
+        between = [self._folder.work / name for name in self._between()]
+        for folder in between:
+            shutil.rmtree(folder, ignore_errors=True)  # of a stage that was interrupted
         return worker().ask(
             "transform",
             tell=self._tell(OPTIMIZED),
             recipe=self._plain,
             baseline=str(self._folder.work / BASELINE),
             folder=str(self._folder.work / OPTIMIZED),
+            between=[str(folder) for folder in between],
+            checkpoints=str(self._folder.work / "checkpoints"),
             workload=self._workload,
         )
 

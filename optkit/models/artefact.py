@@ -155,10 +155,13 @@ def _aliases(module: nn.Module) -> dict[str, str]:
 
 def _structure(subject: Subject) -> dict[str, Any]:
     layers: dict[str, Any] = {}
+    closed: set[str] = set()
     names = {id(layer): name for name, layer in subject.module.named_modules()}
     words = {kind: word for word in LAYERS for kind in [LAYERS[word]]}
     for name, layer in subject.module.named_modules():
-        if type(layer) in words and name.rpartition(".")[0] not in layers:  # what a packed layer is made of comes with it
+        if type(layer) in words and name.rpartition(".")[0] not in closed:  # what a packed layer is made of comes with it
+            if not getattr(layer, "open_inside", False):
+                closed.add(name)
             partner = getattr(layer, "tied", None)
             layers[name] = {
                 "layer": words[type(layer)],

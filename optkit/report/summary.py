@@ -9,7 +9,7 @@ from optkit.report.metrics import base_of, family_of, in_order, interval, number
 from optkit.report.record import Arm, Compared, Limit, Metric, Report
 from optkit.report.text import plain
 
-BASELINE, OPTIMIZED, AGAIN = "baseline", "optimized", "baseline-again"
+BASELINE, OPTIMIZED, AGAIN, STEP = "baseline", "optimized", "baseline-again", "step-"
 HEADERS = ("metric", "before", "after", "ratio (95 % interval)", "verdict")
 NO_VERDICT = "-"
 
@@ -121,9 +121,37 @@ def _verdict(arm: Arm | None, comparison: Compared | None, metric: str, unit: st
 
 
 def _blocks(report: Report, at_once: int = 2) -> tuple[Block, ...]:
-    names = [name for name in report.arms if name not in (BASELINE, OPTIMIZED, AGAIN)]
+    names = [name for name in report.arms if name not in (BASELINE, OPTIMIZED, AGAIN) and not name.startswith(STEP)]
     groups = [names[start : start + at_once] for start in range(0, len(names), at_once)]
-    return tuple(_block(report, group) for group in groups)
+    return (*_steps(report), *(_block(report, group) for group in groups))
+
+
+def _steps(report: Report) -> tuple[Block, ...]:
+    """Return what each step has come to and what it did by itself, where there are several."""
+    names = [*(name for name in report.arms if name.startswith(STEP)), OPTIMIZED]
+    if len(names) == 1 or OPTIMIZED not in report.arms:
+        return ()
+    told = {entry.metric: entry for entry in report.comparisons if entry.arm == OPTIMIZED and entry.ratio is not None}
+    kinds = {metric: family_of(metric, report.arms[OPTIMIZED].metrics[metric].unit) for metric in in_order(told)}
+    quality = next((metric for metric, kind in kinds.items() if kind == "quality"), None)
+    timing = "tpot_ms" if "tpot_ms" in kinds else next((metric for metric, kind in kinds.items() if kind == "timing"), None)
+    metrics = [metric for metric in (quality, timing, "artefact_bytes") if metric is not None and metric in kinds]
+    rows, before = [], dict.fromkeys(metrics, 1.0)
+    for name in names:
+        arm = report.arms[name]
+        cells = []
+        for metric in metrics:
+            entry = report.compared(name, metric)
+            ratio = entry.ratio if entry else None
+            cells += [
+                "-" if entry is None else interval(entry.ratio, entry.low, entry.high),
+                "-" if not ratio or not before[metric] else number(ratio / before[metric]),
+            ]
+            before[metric] = ratio or before[metric]
+        rows.append((plain(arm.history[-1].name, 60) if arm.history else plain(name, 60), *cells))
+    headers = ("after each step", *(text for metric in metrics for text in (plain(metric, 24), "its share")))
+    about = "ratios to the baseline after each step, and by how much the step itself has changed that of the step before"
+    return (Block(about, headers, tuple(rows)),)
 
 
 def _block(report: Report, names: list[str]) -> Block:

@@ -9,10 +9,14 @@ from optkit.core.subject import Calibration
 from optkit.transforms.contract import Plan, Stage, Transform, name_of
 
 if TYPE_CHECKING:
+    from optkit.transforms.distill.distill import Distill as Distill
     from optkit.transforms.dtype import Dtype as Dtype
+    from optkit.transforms.factorize.low_rank import LowRank as LowRank
     from optkit.transforms.parallel.data_parallel import DataParallel as DataParallel
     from optkit.transforms.prune.drop_layers import DropLayers as DropLayers
     from optkit.transforms.prune.magnitude import Magnitude as Magnitude
+    from optkit.transforms.prune.prune_ffn import PruneFfn as PruneFfn
+    from optkit.transforms.prune.prune_heads import PruneHeads as PruneHeads
     from optkit.transforms.prune.sparsegpt import Sparsegpt as Sparsegpt
     from optkit.transforms.prune.wanda import Wanda as Wanda
     from optkit.transforms.quantize.int4 import Int4 as Int4
@@ -32,6 +36,10 @@ TRANSFORMS: Registry[Transform] = Registry(
         "wanda": "optkit.transforms.prune.wanda:Wanda",
         "sparsegpt": "optkit.transforms.prune.sparsegpt:Sparsegpt",
         "drop_layers": "optkit.transforms.prune.drop_layers:DropLayers",
+        "prune_ffn": "optkit.transforms.prune.prune_ffn:PruneFfn",
+        "prune_heads": "optkit.transforms.prune.prune_heads:PruneHeads",
+        "low_rank": "optkit.transforms.factorize.low_rank:LowRank",
+        "distill": "optkit.transforms.distill.distill:Distill",
         "dtype": "optkit.transforms.dtype:Dtype",
         "int8": "optkit.transforms.quantize.int8:Int8",
         "int4": "optkit.transforms.quantize.int4:Int4",
@@ -51,16 +59,20 @@ __all__ = [
     "Calibration",
     "Compile",
     "DataParallel",
+    "Distill",
     "DropLayers",
     "Dtype",
     "Int4",
     "Int8",
     "KvCache",
     "LlmInt8",
+    "LowRank",
     "Magnitude",
     "Mixed",
     "Nf4",
     "Plan",
+    "PruneFfn",
+    "PruneHeads",
     "Qat",
     "Smoothquant",
     "Sparsegpt",

@@ -24,11 +24,11 @@ _MOST_DAMPING = 1.0
 
 
 class Moments:
-    """The inputs x (n, in) of a layer, summed up: ``gram`` is the mean of x x^T, ``magnitude`` the mean of |x|, both float32."""
+    """The inputs x (n, in) of a layer, summed up: ``gram``, ``magnitude`` and ``mean`` are the means of x x^T, |x| and x, in float32."""
 
     def __init__(self, width: int) -> None:
         self.rows = 0
-        self._gram, self._magnitude = torch.zeros(width, width), torch.zeros(width)
+        self._gram, self._magnitude, self._mean = torch.zeros(width, width), torch.zeros(width), torch.zeros(width)
 
     def add(self, inputs: Tensor) -> None:
         """Take inputs (..., in) into account."""
@@ -36,6 +36,7 @@ class Moments:
         self.rows += len(x)
         self._gram.addmm_(x.T, x)
         self._magnitude += x.abs().sum(0)
+        self._mean += x.sum(0)
 
     @property
     def gram(self) -> Tensor:
@@ -47,10 +48,16 @@ class Moments:
         """The mean of |x| (in,)."""
         return self._magnitude / max(1, self.rows)
 
+    @property
+    def mean(self) -> Tensor:
+        """The mean of x (in,)."""
+        return self._mean / max(1, self.rows)
+
     def divide(self, scale: Tensor) -> None:
         """Go on as if the inputs had been divided by a scale (in,)."""
         self._gram /= scale[:, None] * scale
         self._magnitude /= scale
+        self._mean /= scale
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:

@@ -21,9 +21,10 @@ from optkit.kernels import native
 from optkit.kernels.int4 import Int4Linear
 from optkit.kernels.int8 import Int8Embedding, Int8Linear
 from optkit.transforms import DropLayers, Int4, Int8, Magnitude, Plan, Qat
+from optkit.transforms.distill.losses import Distillation, answers_loss
 from optkit.transforms.quantize.fake import FakeInt4Linear, FakeInt8Embedding, FakeInt8Linear
-from optkit.transforms.quantize.healing import Course, answers_loss, heal
 from optkit.transforms.quantize.qat import convert, prepare
+from optkit.transforms.training.loop import Course, heal
 
 Subjects = Callable[..., Subject]
 Llama = Callable[..., nn.Module]
@@ -415,7 +416,7 @@ def test_a_rate_that_is_too_high_is_told(subject: Subjects) -> None:
 def test_a_model_that_may_not_be_trained_is_refused(mlp: Callable[[], nn.Module]) -> None:
     frozen = prepare(mlp(), group_size=32).requires_grad_(False)
     with pytest.raises(TransformError, match="no parameter asks for a gradient"):
-        heal(frozen, None, Calibration(({"input": torch.randn(2, 64)},)), Course(1, 1e-3, 1, 8, 0))
+        heal(frozen, Distillation(mlp()), Calibration(({"input": torch.randn(2, 64)},)), Course(1, 1e-3, 1, 8, 0))
 
 
 def test_what_was_healed_is_saved_and_opened_again(subject: Subjects, tmp_path: Path, logits: Logits) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from optkit.core.errors import OptkitWarning, TransformError
@@ -54,14 +55,17 @@ def pack_calibrated(
             here = [name for name in fold.consumers if name in moments]
             if here:
                 _scale(module, fold, here, moments[here[0]], form)
-        for name, seen in moments.items():
-            weight = weight_of(module.get_submodule(name))
+        for together in _sharing(moments):
+            seen, weights = moments[together[0]], [weight_of(module.get_submodule(name)) for name in together]
+            whole, size = torch.cat(weights), form.size(weights[0])
             if method == "gptq":
-                found[name] = _by_name(name, gptq, weight, seen.gram, form.size(weight), form.symmetric, act_order)
+                made = _by_name(together[0], gptq, whole, seen.gram, size, form.symmetric, act_order)
             else:
-                importance = importance_of(seen.gram.diagonal())
-                found[name] = _by_name(name, quantize_groups, weight, form.size(weight), True, form.symmetric, importance)
-            weight.copy_(dequantize_groups(*found[name]))  # so that the blocks to come see what this one will answer
+                made = _by_name(together[0], quantize_groups, whole, size, True, form.symmetric, importance_of(seen.gram.diagonal()))
+            parts = zip(*(tensor.split([len(weight) for weight in weights]) for tensor in made), strict=True)
+            for name, weight, (q, scale, point) in zip(together, weights, parts, strict=True):
+                found[name] = (q.clone(), scale.clone(), point.clone())
+                weight.copy_(dequantize_groups(*found[name]))  # so that the blocks to come see what this one will answer
 
     by_blocks(module, data, names, work)
     missed = [name for name in names if name not in found]
@@ -72,6 +76,14 @@ def pack_calibrated(
         weight = weight_of(layer)
         tensors = found.pop(name, None) or quantize_groups(weight, form.size(weight), True, form.symmetric)
         replace_layer(module, name, Int4Linear(tensors, bias_of(layer), form.size(weight), weight.dtype).train(layer.training))
+
+
+def _sharing(moments: Mapping[str, Moments]) -> list[list[str]]:
+    """Return the layers in groups that read one input: what is known of it is worked out once for all their rows."""
+    groups: dict[int, list[str]] = {}
+    for name, seen in moments.items():
+        groups.setdefault(id(seen), []).append(name)
+    return list(groups.values())
 
 
 def _places(module: nn.Module, names: Sequence[str], data: Calibration) -> list[Fold]:

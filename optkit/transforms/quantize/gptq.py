@@ -15,6 +15,7 @@ from optkit.kernels.layout import pack_nibbles
 from optkit.transforms.moments import inverse_factor
 
 _TOGETHER = 128  # columns whose feedback to the rest is given in one product
+_CLOSE = 16  # columns of those whose feedback to one another is given at once; the rest of the 128 hear of all 16 in one product
 
 
 @torch.no_grad()
@@ -46,19 +47,23 @@ def gptq(
     order = importance.argsort(descending=True, stable=True) if act_order else torch.arange(len(gram))
     factor = inverse_factor(gram.float()[order][:, order], damping)
     left = weight.float().T[order].contiguous()  # (in, out): a column of the weight is a row here
-    steps, points = scale.float().T, point.float().T
+    steps, points = scale.float().T.contiguous(), point.float().T.contiguous()
+    divisors = torch.where(steps != 0, steps, 1)
     q = torch.empty(left.shape, dtype=torch.uint8)
     for start in range(0, len(left), _TOGETHER):
         end = min(start + _TOGETHER, len(left))
         errors = torch.empty(end - start, left.shape[1])
-        for j in range(start, end):
-            group = int(order[j]) // group_size
-            step, base = steps[group], points[group]
-            numbers = (left[j] / torch.where(step != 0, step, 1)).add_(base).round_().clamp_(0, LEVELS)
-            error = (left[j] - (numbers - base).mul_(step)) / factor[j, j]
-            left[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
-            errors[j - start] = error
-            q[order[j]] = numbers.to(torch.uint8)
+        for near in range(start, end, _CLOSE):
+            far = min(near + _CLOSE, end)
+            for j in range(near, far):
+                group = int(order[j]) // group_size
+                step, base = steps[group], points[group]
+                numbers = (left[j] / divisors[group]).add_(base).round_().clamp_(0, LEVELS)
+                error = errors[j - start]
+                torch.sub(left[j], (numbers - base).mul_(step), out=error).div_(float(factor[j, j]))
+                left[j + 1 : far].addr_(factor[j, j + 1 : far], error, alpha=-1)
+                q[order[j]] = numbers.to(torch.uint8)
+            left[far:end].addmm_(factor[near:far, far:end].T, errors[near - start : far - start], alpha=-1)
         left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     return pack_nibbles(q.T.contiguous()), scale, point
 

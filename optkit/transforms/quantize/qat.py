@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -23,18 +23,20 @@ from optkit.core.subject import Calibration, Subject
 from optkit.core.targets import Targets
 from optkit.kernels.int8 import Int8Linear
 from optkit.kernels.packed import PackedLayer
-from optkit.transforms.contract import Plan, Stage, Transform
+from optkit.transforms.contract import Plan, Stage
+from optkit.transforms.distill.losses import Distillation
 from optkit.transforms.layers import output_head, replace_layer, tied_embedding, weight_of
 from optkit.transforms.quantize.fake import Fake, FakeInt4Linear, FakeInt8Embedding, FakeInt8Linear, FakeLinear, master
-from optkit.transforms.quantize.healing import Course, heal
 from optkit.transforms.quantize.int4 import Int4
 from optkit.transforms.quantize.int8 import Int8
 from optkit.transforms.quantize.packing import selected
+from optkit.transforms.training.contract import TrainingTransform
+from optkit.transforms.training.loop import heal
 
 Format = Literal["int4", "int8"]
 
 
-class Qat(Transform):
+class Qat(TrainingTransform):
     """Train through the rounding for some hundred steps, then pack as ``int4`` or ``int8`` would; pruned weights stay pruned till then."""
 
     stage: ClassVar[Stage] = Stage.QUANTIZE
@@ -42,22 +44,7 @@ class Qat(Transform):
     group_size: Literal[32, 64, 128] = Field(default=64, description="int4: inputs that share a scale")
     head: Format = Field(default="int8", description="int4: format of the output head; one that is tied to the embedding is always int8")
     targets: Targets = Field(default=Targets(), description="linear layers to quantize; the others train along as they are")
-    steps: Annotated[int, Field(ge=1, le=1_000_000)] = Field(default=200, description="optimizer steps")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(default=1e-4, description="peak rate of AdamW")
-    batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(default=4, description="sequences a step")
-    length: Annotated[int, Field(ge=2, le=1_000_000)] = Field(default=256, description="tokens a sequence, at most")
     distill: bool = Field(default=True, description="learn the answers of the untouched model; else the next token of the text")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="draws the order of the data")
-
-    @property
-    def needs_data(self) -> bool:
-        """It trains on calibration data."""
-        return True
-
-    @property
-    def data_items(self) -> int:
-        """As many windows as are trained on."""
-        return self.steps * self.batch_size
 
     def check(self, plan: Plan) -> None:
         """Refuse what ``int4`` or ``int8`` would refuse, and random weights."""
@@ -86,7 +73,8 @@ class Qat(Transform):
         student = prepare(module, self.format, self.group_size, self.head, self.targets)
         computing = {layer: layer.compute_dtype for layer in student.modules() if isinstance(layer, Fake | PackedLayer)}
         student.float()
-        heal(student, teacher, data, Course(self.steps, self.learning_rate, self.batch_size, self.length, self.seed))
+        loss = Distillation(teacher) if teacher is not None else Distillation(None, logits=0, next_token=1)
+        heal(student, loss, data, self.course())
         for layer, dtype in computing.items():
             layer.compute_dtype = dtype
         packed = convert(student)

@@ -1,0 +1,1 @@
+"""Weights as products of thinner ones."""

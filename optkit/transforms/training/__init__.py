@@ -1,0 +1,1 @@
+"""Short trainings of whole models within a recipe: the loop, its checkpoints, and what it is told."""

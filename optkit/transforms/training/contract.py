@@ -1,0 +1,36 @@
+"""What the transforms that train share: how long, how fast, on what."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from optkit.transforms.contract import Transform
+from optkit.transforms.training.loop import Course
+
+
+class TrainingTransform(Transform):
+    """A transform that trains the model on the calibration side of the task."""
+
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = Field(default=200, description="optimizer steps")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(default=1e-4, description="peak rate of AdamW")
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(default=4, description="sequences a forward pass")
+    accumulation: Annotated[int, Field(ge=1, le=4096)] = Field(default=1, description="forward passes a step")
+    length: Annotated[int, Field(ge=2, le=1_000_000)] = Field(default=256, description="tokens a sequence, at most")
+    dropout: bool = Field(default=False, description="draw the dropout that the model has, as in its own training")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="draws the order of the data, and the dropout")
+
+    @property
+    def needs_data(self) -> bool:
+        """It trains on calibration data."""
+        return True
+
+    @property
+    def data_items(self) -> int:
+        """As many windows as are trained on."""
+        return self.steps * self.batch_size * self.accumulation
+
+    def course(self) -> Course:
+        """Return how the loop trains."""
+        return Course(self.steps, self.learning_rate, self.batch_size, self.length, self.seed, self.accumulation, self.dropout)

@@ -1,0 +1,191 @@
+"""A short training of a whole model on calibration data, to win back what compressing it has cost. It heals, it does not teach.
+
+Everything is drawn from one seed, in float32: two runs on one machine with as many threads end in the same weights, and so does one
+that was interrupted at any moment and went on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from optkit.core.errors import TransformError
+from optkit.core.subject import Calibration
+from optkit.transforms.training.checkpoints import Checkpoints, fingerprint
+from optkit.transforms.training.zeros import Zeros
+
+Batch = Mapping[str, Tensor]
+Loss = Callable[[nn.Module, Batch], Tensor]
+_WARM_UP_SHARE = 0.1
+_TOLD = 50  # times
+_KEEP_EVERY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long and how fast to train. ``length`` is the most tokens of a sequence; ``batch_size`` counts sequences, or items."""
+
+    steps: int
+    learning_rate: float
+    batch_size: int
+    length: int
+    seed: int
+    accumulation: int = 1
+    dropout: bool = False
+
+
+def heal(
+    student: nn.Module,
+    loss_of: Loss,
+    data: Calibration,
+    course: Course,
+    after_step: Callable[[int], None] | None = None,
+    keep_every_s: float = _KEEP_EVERY_S,
+) -> list[float]:
+    """Train the student's parameters in place by AdamW, with a rate that rises for a tenth of the steps and falls along a cosine to 0.
+
+    Weights that are exactly zero stay zero: what pruning has taken stays taken. In memory at once: the student's parameters, their
+    gradients and two averages of these.
+
+    Where ``data.checkpoints`` names a folder, the state is kept there about once a minute, and a training that was interrupted goes
+    on from the last state that is whole.
+
+    Args:
+        student: what is trained; parameters that ask for no gradient are left alone.
+        loss_of: the loss of a student on a batch.
+        data: what it sees; where there are fewer sequences than the steps take, they come again in another order.
+        course: how long and how fast.
+        after_step: called with the number of each finished step; the weights that it sets to zero stay so as well.
+        keep_every_s: seconds between checkpoints; 0: after every step.
+
+    Returns:
+        the loss of each step.
+
+    Raises:
+        TransformError: nothing asks for a gradient, or the loss is no number.
+    """
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise TransformError("no parameter asks for a gradient, so there is nothing to train: model.requires_grad_(True)")
+    zeros = Zeros(student)
+    optimizer = torch.optim.AdamW(parameters, lr=course.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    batches = _endless(data.batches, course)
+    with _drawing(course.seed), _mode(student, course.dropout):
+        kept = _checkpoints(student, data, course, optimizer)
+        losses = kept.restore(data.tell) if kept else []
+        if after_step and losses:
+            zeros.note()
+        for _ in islice(batches, len(losses) * course.accumulation):
+            pass
+        saved, progress = time.monotonic(), _Progress(data.tell, course.steps, losses)
+        try:
+            while len(losses) < course.steps:
+                losses.append(_step(student, loss_of, batches, course, optimizer, len(losses) + 1))
+                zeros.apply()
+                if after_step:
+                    after_step(len(losses))
+                    zeros.note()
+                if kept and len(losses) < course.steps and time.monotonic() - saved >= keep_every_s:
+                    kept.save(losses)
+                    saved = time.monotonic()
+                progress.step()
+        finally:
+            optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
+class _Progress:
+    """Tells some fifty times how far a training is, and how long it will still take."""
+
+    def __init__(self, tell: Callable[[str], None], steps: int, losses: list[float]) -> None:
+        self._tell, self._steps, self._losses = tell, steps, losses
+        self._first = self._told = len(losses)
+        self._begun = time.monotonic()
+
+    def step(self) -> None:
+        """Hear that the losses have one more."""
+        done = len(self._losses)
+        if done - self._told >= max(1, self._steps // _TOLD) or done == self._steps:
+            lately = self._losses[self._told :]
+            left = (time.monotonic() - self._begun) / (done - self._first) * (self._steps - done)
+            self._tell(f"step {done} of {self._steps}, loss {sum(lately) / len(lately):.4f}, {_spelled(left)} left")
+            self._told = done
+
+
+def _checkpoints(student: nn.Module, data: Calibration, course: Course, optimizer: torch.optim.Optimizer) -> Checkpoints | None:
+    if data.checkpoints is None:
+        return None
+    return Checkpoints(data.checkpoints, fingerprint(student, data.batches, asdict(course)), student, optimizer)
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Draw from this seed, and let the caller go on with its own numbers afterwards."""
+    before = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+@contextmanager
+def _mode(student: nn.Module, training: bool) -> Iterator[None]:
+    modes = {module: module.training for module in student.modules()}
+    student.train(training)
+    try:
+        yield
+    finally:
+        for module, before in modes.items():
+            module.training = before
+
+
+def _spelled(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _share(step: int, steps: int) -> float:
+    """Return the share of the learning rate at a step that counts from 1."""
+    return min(1.0, step / max(1.0, _WARM_UP_SHARE * steps)) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+
+
+def _endless(batches: Sequence[Batch], course: Course) -> Iterator[Batch]:
+    """Yield batches of ``batch_size`` rows in an order drawn from the seed, anew whenever all have been seen."""
+    rows = _rows(batches, course.length)
+    draw = torch.Generator().manual_seed(course.seed)
+    alike = len({tuple((name, tensor.shape[1:]) for name, tensor in sorted(row.items())) for row in rows}) == 1
+    size = min(course.batch_size, len(rows)) if alike else 1  # rows of different lengths cannot stand in one batch
+
+    def draw_forever() -> Iterator[Batch]:
+        while True:
+            order = torch.randperm(len(rows), generator=draw).tolist()
+            for start in range(0, len(rows) - size + 1, size):
+                chosen = [rows[index] for index in order[start : start + size]]
+                yield {name: torch.cat([row[name] for row in chosen]) for name in chosen[0]}
+
+    return draw_forever()
+
+
+def _rows(batches: Sequence[Batch], length: int) -> list[Batch]:
+    """Return every item as a batch of one; those of tokens are cut into pieces of ``length``."""
+    rows: list[Batch] = []
+    for batch in batches:
+        ids = batch.get("input_ids")
+        cut = ids is not None and ids.ndim == 2 and all(tensor.shape == ids.shape for tensor in batch.values())
+        for index in range(len(next(iter(batch.values())))):
+            row = {name: tensor[index : index + 1] for name, tensor in batch.items()}
+            if cut:
+                most = row["input_ids"].shape[1]
+                starts = range(0, max(1, most // length) * length, length)
+                rows += [{name: tensor[:, start : start + length] for name, tensor in row.items()} for start in starts]
+            else:
+                rows.append(row)
+    return rows

@@ -1,0 +1,88 @@
+"""Products of two thinner layers: the nearest of their rank, findable, packed and opened again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import optkit
+from optkit.core.errors import TransformError
+from optkit.core.subject import Calibration, Subject
+from optkit.kernels.int4 import Int4Linear
+from optkit.kernels.low_rank import LowRankLinear
+from optkit.transforms import Int4, LowRank, Plan
+from optkit.transforms.factorize.low_rank import rank_within, truncated
+
+Subjects = Callable[..., Subject]
+Logits = Callable[[nn.Module], Tensor]
+
+
+@pytest.fixture
+def data() -> Calibration:
+    draw = torch.Generator().manual_seed(3)
+    return Calibration(tuple({"input_ids": torch.randint(2, 96, (4, 24), generator=draw)} for _ in range(3)))
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (33, 33)])
+def test_without_data_it_is_the_truncated_singular_value_decomposition(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape)
+    down, up = truncated(weight, 7)
+    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+    torch.testing.assert_close((up @ down).double(), u[:, :7] * s[:7] @ v[:7], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20)])
+def test_with_data_no_other_of_its_rank_has_a_smaller_error_of_the_outputs(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, dtype=torch.float64)
+    x = torch.randn(400, shape[1], dtype=torch.float64) @ torch.randn(shape[1], shape[1], dtype=torch.float64)
+    gram = x.T @ x / len(x)
+    down, up = truncated(weight, 7, gram)
+    whitened = torch.linalg.svdvals(weight @ torch.linalg.cholesky(gram))
+    error = ((up @ down - weight) @ gram @ (up @ down - weight).T).trace()
+    torch.testing.assert_close(error, whitened[7:].square().sum())
+
+
+def test_inputs_that_span_few_directions_are_kept_whole() -> None:
+    weight, x = torch.randn(40, 30), torch.randn(100, 5) @ torch.randn(5, 30)
+    down, up = truncated(weight, 5, x.T @ x / 100)
+    torch.testing.assert_close(x @ (up @ down).T, x @ weight.T, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "columns", "ratio"), [(64, 64, 0.2), (128, 64, 0.5), (384, 1024, 0.2), (3, 3, 0.9)])
+def test_the_rank_is_the_largest_within_the_bytes(rows: int, columns: int, ratio: float) -> None:
+    rank = rank_within(rows, columns, ratio)
+    assert rank * (rows + columns) <= (1 - ratio) * rows * columns < (rank + 1) * (rows + columns)
+
+
+def test_whitened_comes_nearer_to_the_untouched_model_than_plain(subject: Subjects, logits: Logits, data: Calibration) -> None:
+    exact = logits(subject().module)
+    whitened, plain = (
+        float((logits(LowRank(ratio=0.4, method=method).apply(subject(), data).module) - exact).norm())  # type: ignore[arg-type]
+        for method in ("whitened", "plain")
+    )
+    assert whitened < 0.9 * plain
+
+
+def test_int4_packs_both_factors_and_the_artefact_opens_again(subject: Subjects, logits: Logits, data: Calibration, tmp_path: Path) -> None:
+    thin = LowRank(ratio=0.25, targets={"include": ("*mlp*",)}).apply(subject(), data)  # type: ignore[arg-type]
+    packed = Int4(group_size=64, targets={"exclude": ("*.up",)}).apply(thin)  # type: ignore[arg-type]
+    layer = packed.module.get_submodule("model.layers.1.mlp.up_proj")
+    assert isinstance(layer, LowRankLinear)
+    assert isinstance(layer.down, Int4Linear)
+    assert type(layer.up) is nn.Linear
+    optkit.save(packed, tmp_path / "saved")
+    assert torch.equal(logits(optkit.load(tmp_path / "saved").module), logits(packed.module))
+
+
+def test_a_matrix_too_small_for_a_rank_of_one_is_refused(subject: Subjects) -> None:
+    with pytest.raises(TransformError, match=r"ratio 0.99 leaves model.layers.0.*less than a rank of 1; use a ratio of at most 0.9"):
+        LowRank(ratio=0.99).check(Plan(subject()))
+
+
+def test_without_data_there_is_nothing_to_whiten_by(subject: Subjects) -> None:
+    with pytest.raises(TransformError, match="low_rank needs calibration data to whiten by; give some, or use method: plain"):
+        LowRank().apply(subject())
