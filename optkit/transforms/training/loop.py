@@ -119,6 +119,24 @@ class _Progress:
             self._told = done
 
 
+def _step(
+    student: nn.Module, loss_of: Loss, batches: Iterator[Batch], course: Course, optimizer: torch.optim.Optimizer, step: int
+) -> float:
+    total = 0.0
+    for group in optimizer.param_groups:
+        group["lr"] = course.learning_rate * _share(step, course.steps)
+    optimizer.zero_grad(set_to_none=True)
+    with torch.enable_grad():
+        for batch in islice(batches, course.accumulation):
+            loss = loss_of(student, batch) / course.accumulation
+            loss.backward()
+            total += float(loss.detach())
+    if not math.isfinite(total):
+        raise TransformError(f"the loss is {total} at step {step}; use a learning_rate below {course.learning_rate}")
+    optimizer.step()
+    return total
+
+
 def _checkpoints(student: nn.Module, data: Calibration, course: Course, optimizer: torch.optim.Optimizer) -> Checkpoints | None:
     if data.checkpoints is None:
         return None
