@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "drop_layers": {"layers": (1,)},
     "prune_ffn": {"ratio": 0.5},
     "prune_heads": {"ratio": 0.5},
-    "low_rank": {},
+    "low_rank": {"method": "plain"},
     "distill": {"steps": 2},
     "dtype": {"dtype": "bfloat16"},
     "int8": {},

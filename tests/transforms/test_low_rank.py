@@ -15,7 +15,7 @@ from optkit.core.subject import Calibration, Subject
 from optkit.kernels.int4 import Int4Linear
 from optkit.kernels.low_rank import LowRankLinear
 from optkit.transforms import Int4, LowRank, Plan
-from optkit.transforms.factorize.low_rank import rank_within, truncated
+from optkit.transforms.factorize.low_rank import allotted, rank_within, truncated
 
 Subjects = Callable[..., Subject]
 Logits = Callable[[nn.Module], Tensor]
@@ -67,8 +67,33 @@ def test_whitened_comes_nearer_to_the_untouched_model_than_plain(subject: Subjec
     assert whitened < 0.9 * plain
 
 
+def test_weights_are_saved_where_it_costs_least_and_the_history_says_so(subject: Subjects, logits: Logits, data: Calibration) -> None:
+    whole = subject()
+    with torch.no_grad():
+        for block in range(3):
+            weight = whole.module.get_parameter(f"model.layers.{block}.mlp.up_proj.weight")
+            weight[:, 8:] = 0  # of rank 8, so that nothing is lost there
+    before = logits(whole.module)
+    thin = LowRank(ratio=0.12).apply(whole, data)
+    ranks = thin.history[0].settings["ranks"]
+    assert set(ranks) == {f"model.layers.{block}.mlp.up_proj" for block in range(3)}
+    assert (logits(thin.module) - before).norm() < 1e-4 * before.norm()
+    again = LowRank(ratio=0.12, ranks=ranks).apply(subject(), data)
+    assert again.history == thin.history
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3])
+def test_ranks_keep_the_budget_and_the_flattest_spectrum_stays_whole(ratio: float) -> None:
+    steep, flat = torch.logspace(0, -6, 60, dtype=torch.float64), torch.ones(60, dtype=torch.float64)
+    sizes = {"steep": (steep, 60, 80), "steep too": (steep, 60, 80), "flat": (flat, 60, 80)}
+    ranks = allotted(sizes, ratio)
+    kept = sum(ranks[name] * (rows + columns) if name in ranks else rows * columns for name, (_, rows, columns) in sizes.items())
+    assert kept <= (1 - ratio) * 3 * 60 * 80
+    assert "flat" not in ranks and ranks["steep"] == ranks["steep too"] > 1
+
+
 def test_int4_packs_both_factors_and_the_artefact_opens_again(subject: Subjects, logits: Logits, data: Calibration, tmp_path: Path) -> None:
-    thin = LowRank(ratio=0.25, targets={"include": ("*mlp*",)}).apply(subject(), data)  # type: ignore[arg-type]
+    thin = LowRank(method="plain", targets={"include": ("*mlp*",)}).apply(subject(), data)  # type: ignore[arg-type]
     packed = Int4(group_size=64, targets={"exclude": ("*.up",)}).apply(thin)  # type: ignore[arg-type]
     layer = packed.module.get_submodule("model.layers.1.mlp.up_proj")
     assert isinstance(layer, LowRankLinear)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -28,22 +28,32 @@ from optkit.transforms.moments import Moments, by_blocks
 
 
 class LowRank(Transform):
-    """Two factors for each linear layer, found so that its outputs change least; the output head is left alone."""
+    """Two factors for linear layers, found so that their outputs change least; the output head is left alone.
+
+    The bytes to be saved are saved where it costs least, and some layers may stay as they are.
+    """
 
     stage: ClassVar[Stage] = Stage.FACTORIZE
     opens_in: ClassVar[Literal["transformers", "optkit"]] = "optkit"
-    ratio: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.2, description="share of a layer's bytes that is removed; it sets the rank"
-    )
+    ratio: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.2, description="share of the bytes of all these layers that is removed")
     method: Literal["whitened", "plain"] = Field(
         default="whitened", description="whether the outputs on calibration data change least, or the weights themselves (for comparison)"
     )
     targets: Targets = Field(default=Targets(), description="linear layers to factorize")
+    ranks: Mapping[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="rank by layer, where it is known; found by data otherwise, and then written here"
+    )
 
     @property
     def needs_data(self) -> bool:
         """The plain method looks at weights alone."""
         return self.method == "whitened"
+
+    def decide(self, module: nn.Module, data: Calibration | None) -> Self:
+        """Return the transform with the ranks that the data has found."""
+        if self.ranks or self.method == "plain" or isinstance(module, nn.Linear) or is_on_meta(module):
+            return self
+        return self.model_copy(update={"ranks": self._allot(module, self._layers(module), data)})
 
     def check(self, plan: Plan) -> None:
         """Refuse patterns that match nothing, weights that would be missed, and layers too small for a rank of one."""
@@ -63,32 +73,42 @@ class LowRank(Transform):
         return self._factorize(module, layers, data)
 
     def _factorize(self, module: nn.Module, names: list[str], data: Calibration | None) -> nn.Module:
-        if self.method == "plain" or is_on_meta(module):
-            for name in names:
-                self._split(module, name, None)
+        if is_on_meta(module) or self.method == "plain":
+            for name in self.ranks or names:
+                rows, columns = weight_of(module.get_submodule(name)).shape
+                self._split(module, name, self.ranks.get(name) or rank_within(rows, columns, self.ratio), None)
             return module
-        if data is None or not data.batches:
-            raise TransformError("low_rank needs calibration data to whiten by; give some, or use method: plain")
-        done: set[str] = set()
+        ranks = self.ranks or self._allot(module, names, data)
 
         def work(moments: Mapping[str, Moments]) -> None:
             for name, seen in moments.items():
-                self._split(module, name, seen.gram)
-                done.add(name)
+                self._split(module, name, ranks[name], seen.gram)
 
-        by_blocks(module, data, names, work)
-        missed = [name for name in names if name not in done]
+        by_blocks(module, data or Calibration(), list(ranks), work)
+        return module
+
+    @torch.no_grad()
+    def _allot(self, module: nn.Module, names: list[str], data: Calibration | None) -> dict[str, int]:
+        if data is None or not data.batches:
+            raise TransformError("low_rank needs calibration data to whiten by; give some, or use method: plain")
+        spectra: dict[str, Tensor] = {}
+
+        def look(moments: Mapping[str, Moments]) -> None:
+            for name, seen in moments.items():
+                spectra[name] = energies(weight_of(module.get_submodule(name)), seen.gram)
+
+        by_blocks(module, data, names, look)
+        missed = [name for name in names if name not in spectra]
         if missed:
             raise TransformError(
                 f"no calibration data reached {len(missed)} of {len(names)} layers ({', '.join(missed[:3])}); exclude them: "
                 f"targets: {{exclude: ['{missed[0]}']}}"
             )
-        return module
+        return allotted({name: (spectra[name], *weight_of(module.get_submodule(name)).shape) for name in names}, self.ratio)
 
-    def _split(self, module: nn.Module, name: str, gram: Tensor | None) -> None:
+    def _split(self, module: nn.Module, name: str, rank: int, gram: Tensor | None) -> None:
         layer = module.get_submodule(name)
         weight, bias = weight_of(layer), layer._parameters.get("bias")
-        rank = rank_within(weight.shape[0], weight.shape[1], self.ratio)
         if weight.is_meta:
             factors = weight.new_empty(rank, weight.shape[1]), weight.new_empty(weight.shape[0], rank)
         else:
@@ -107,6 +127,9 @@ class LowRank(Transform):
                 if name != head and "weight" in layer._parameters and tied_embedding(module, layer) is None
             }
         names = list(able) if isinstance(module, nn.Linear) else self.targets.select(able, hidden_weights(module))
+        unknown = [name for name in self.ranks if name not in names]
+        if unknown:
+            raise TransformError(f"ranks: there is no {unknown[0]} among the {len(names)} layers to factorize")
         for name in names:
             rows, columns = weight_of(able[name]).shape
             if not rank_within(rows, columns, self.ratio):
@@ -121,6 +144,43 @@ class LowRank(Transform):
 def rank_within(rows: int, columns: int, ratio: float) -> int:
     """Return the largest rank whose two factors have at most ``1 - ratio`` of the weights of a (rows, columns) matrix."""
     return int((1 - ratio) * rows * columns / (rows + columns))
+
+
+def energies(weight: Tensor, gram: Tensor) -> Tensor:
+    """Return the squared singular values of W L, falling, in float64 (out,): what each direction adds to the outputs' mean square."""
+    exact = weight.double()
+    squares: Tensor = torch.linalg.eigvalsh(exact @ gram.double() @ exact.T)
+    return squares.flip(0).clamp(min=0)
+
+
+def allotted(layers: Mapping[str, tuple[Tensor, int, int]], ratio: float) -> dict[str, int]:
+    """Return a rank for each layer but those that stay as they are, so that all together lose ``ratio`` of their weights or a little more.
+
+    The law: of all such ranks those with the least sum of what the layers lose, each as a share of its outputs' mean square, found by
+    one price for a weight in all layers.
+
+    Args:
+        layers: for each its ``energies``, its rows and its columns.
+        ratio: share of the weights to be removed.
+    """
+    options = {}
+    for name, (energy, rows, columns) in layers.items():
+        most = rank_within(rows, columns, 0.0)
+        lost = 1 - energy.cumsum(0)[: max(1, most)] / energy.sum().clamp(min=1e-300)
+        costs = torch.arange(1, len(lost) + 1, dtype=torch.float64) * (rows + columns)
+        options[name] = torch.cat([lost, lost.new_zeros(1)]), torch.cat([costs, costs.new_tensor([rows * columns])])
+    wanted = (1 - ratio) * sum(rows * columns for _, rows, columns in layers.values())
+
+    def at(price: float) -> tuple[dict[str, int], float]:
+        chosen = {name: int((lost + price * costs).argmin()) for name, (lost, costs) in options.items()}
+        return chosen, sum(float(options[name][1][index]) for name, index in chosen.items())
+
+    low, high = -40.0, 40.0  # the logarithm of the price
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if at(2**middle)[1] <= wanted else (middle, high)
+    chosen, _ = at(2**high)
+    return {name: index + 1 for name, index in chosen.items() if index < len(options[name][0]) - 1}
 
 
 @torch.no_grad()
