@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,9 @@ class TrainingTransform(Transform):
     accumulation: Annotated[int, Field(ge=1, le=4096)] = Field(default=1, description="forward passes a step")
     length: Annotated[int, Field(ge=2, le=1_000_000)] = Field(default=256, description="tokens a sequence, at most")
     dropout: bool = Field(default=False, description="draw the dropout that the model has, as in its own training")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="type of the products while it trains; weights, averages and losses are float32 in either case"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="draws the order of the data, and the dropout")
 
     @property
@@ -33,4 +36,6 @@ class TrainingTransform(Transform):
 
     def course(self) -> Course:
         """Return how the loop trains."""
-        return Course(self.steps, self.learning_rate, self.batch_size, self.length, self.seed, self.accumulation, self.dropout)
+        return Course(
+            self.steps, self.learning_rate, self.batch_size, self.length, self.seed, self.accumulation, self.dropout, self.precision
+        )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ class Course:
     seed: int
     accumulation: int = 1
     dropout: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 def heal(
@@ -128,7 +130,8 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     with torch.enable_grad():
         for batch in islice(batches, course.accumulation):
-            loss = loss_of(student, batch) / course.accumulation
+            with torch.autocast("cpu", torch.bfloat16, enabled=course.precision == "bfloat16"):
+                loss = loss_of(student, batch) / course.accumulation
             loss.backward()
             total += float(loss.detach())
     if not math.isfinite(total):
