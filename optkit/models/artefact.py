@@ -21,6 +21,7 @@ from optkit.models.architectures import build, is_public, named_class
 from optkit.models.architectures import kind_of as kind_of
 from optkit.models.huggingface import read_config
 from optkit.models.interchange.bits import quantization_config
+from optkit.models.sizes import resize, sizes_of
 
 MANIFEST = "optkit.json"
 _SCHEMA = 1
@@ -33,6 +34,11 @@ class _Layer(BaseModel, strict=True):
     layer: str
     layout: dict[str, int | float | bool | str | None]
     tied_to: str | None
+
+
+class _Sizes(BaseModel, strict=True):
+    numbers: dict[str, int | list[int]]
+    shapes: dict[str, list[Annotated[int, Field(ge=0)]]]
 
 
 class _Step(BaseModel, strict=True):
@@ -54,6 +60,7 @@ class _Structure(BaseModel, strict=True, extra="allow"):
     history: list[_Step]
     layers: dict[str, _Layer]
     lists: dict[str, Annotated[int, Field(ge=0)]] = {}
+    sizes: dict[str, _Sizes] = {}
 
 
 def save(model: nn.Module | Subject, folder: str | Path) -> None:
@@ -102,6 +109,7 @@ def load(folder: str | Path, into: nn.Module | None = None) -> Subject:
     structure = _read_structure(files.verify(folder, MANIFEST), folder)
     module = _insert_layers(_skeleton(folder, structure, into), structure["layers"])
     _tie_dense(module)
+    resize(module, structure.get("sizes", {}))
     _assign(module, folder)
     return _subject(folder, module.eval(), structure, _tokenizer(folder))
 
@@ -113,6 +121,7 @@ def outline(folder: str | Path) -> Subject:
     with torch.device("meta"):
         module = _insert_layers(_skeleton(folder, structure, None), structure["layers"])
         _tie_dense(module)
+        resize(module, structure.get("sizes", {}))
     return _subject(folder, module.eval(), structure, None)
 
 
@@ -183,8 +192,17 @@ def _structure(subject: Subject) -> dict[str, Any]:
         "execution": subject.execution,
         "history": [asdict(step) for step in subject.history],
         "layers": layers,
+        "sizes": sizes_of(subject.module, _as_described(subject.module)),
         "lists": {name: len(layer) for name, layer in subject.module.named_modules() if isinstance(layer, nn.ModuleList)},
     }
+
+
+def _as_described(module: nn.Module) -> nn.Module | None:
+    """Return the model on the meta device as its configuration describes it; None where only its class can make it."""
+    if not is_public(module):
+        return None
+    with torch.device("meta"):
+        return build(type(module), module.config)
 
 
 def _declare(module: nn.Module, folder: Path) -> bool:

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from optkit.transforms.parallel.data_parallel import DataParallel as DataParallel
     from optkit.transforms.prune.drop_layers import DropLayers as DropLayers
     from optkit.transforms.prune.magnitude import Magnitude as Magnitude
+    from optkit.transforms.prune.prune_channels import PruneChannels as PruneChannels
     from optkit.transforms.prune.prune_ffn import PruneFfn as PruneFfn
     from optkit.transforms.prune.prune_heads import PruneHeads as PruneHeads
+    from optkit.transforms.prune.prune_hidden import PruneHidden as PruneHidden
     from optkit.transforms.prune.sparsegpt import Sparsegpt as Sparsegpt
     from optkit.transforms.prune.wanda import Wanda as Wanda
     from optkit.transforms.quantize.int4 import Int4 as Int4
@@ -36,8 +38,10 @@ TRANSFORMS: Registry[Transform] = Registry(
         "wanda": "optkit.transforms.prune.wanda:Wanda",
         "sparsegpt": "optkit.transforms.prune.sparsegpt:Sparsegpt",
         "drop_layers": "optkit.transforms.prune.drop_layers:DropLayers",
+        "prune_channels": "optkit.transforms.prune.prune_channels:PruneChannels",
         "prune_ffn": "optkit.transforms.prune.prune_ffn:PruneFfn",
         "prune_heads": "optkit.transforms.prune.prune_heads:PruneHeads",
+        "prune_hidden": "optkit.transforms.prune.prune_hidden:PruneHidden",
         "low_rank": "optkit.transforms.factorize.low_rank:LowRank",
         "distill": "optkit.transforms.distill.distill:Distill",
         "dtype": "optkit.transforms.dtype:Dtype",
@@ -71,8 +75,10 @@ __all__ = [
     "Mixed",
     "Nf4",
     "Plan",
+    "PruneChannels",
     "PruneFfn",
     "PruneHeads",
+    "PruneHidden",
     "Qat",
     "Smoothquant",
     "Sparsegpt",

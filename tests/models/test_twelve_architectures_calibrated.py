@@ -15,7 +15,7 @@ import optkit
 from optkit.core.errors import OptkitError
 from optkit.core.subject import Calibration, Subject
 from optkit.models.sources import outline_model
-from optkit.transforms import Int8, LowRank, Mixed, Plan, PruneFfn, PruneHeads, Smoothquant, Sparsegpt, Transform, Wanda
+from optkit.transforms import Int8, LowRank, Mixed, Plan, PruneFfn, PruneHeads, PruneHidden, Smoothquant, Sparsegpt, Transform, Wanda
 
 _SPEC = importlib.util.spec_from_file_location("twelve", Path(__file__).parent / "test_twelve_architectures.py")
 assert _SPEC is not None and _SPEC.loader is not None
@@ -32,12 +32,16 @@ TRANSFORMS: dict[str, tuple[Transform, ...]] = {
     "low_rank": (LowRank(ratio=0.1),),
     "prune_ffn": (PruneFfn(ratio=0.25, multiple=32),),
     "prune_heads": (PruneHeads(ratio=0.5),),
+    "prune_hidden": (PruneHidden(ratio=0.125, multiple=8),),
 }
 UNSAID = "cannot have fewer groups of heads: its configuration has no number for that; prune another width"
 REFUSED = {
     ("bloom", "prune_ffn"): "has no one number for the width of its feed-forward layers",
     ("mixtral", "prune_ffn"): r"experts \(MixtralExperts\) has a size that goes with the feed-forward units, and is no linear layer",
     ("olmo2", "prune_heads"): r"q_norm \(Olmo2RMSNorm\) has a size that goes with the groups of heads, and is no linear layer",
+    ("gemma3", "prune_hidden"): "embed_tokens multiplies by a number that follows from the hidden width; prune another width",
+    ("mixtral", "prune_hidden"): r"gate \(MixtralTopKRouter\) has a size that goes with the hidden units, and is no linear layer",
+    **{(name, "prune_hidden"): "does not follow from 64 hidden units; prune another" for name in ("gpt2", "opt", "gpt_neox", "bloom")},
     **{(name, "prune_heads"): UNSAID for name in ("gpt2", "opt", "gpt_neox", "bloom")},
 }
 CELLS = [(model, name) for model in twelve.ARCHITECTURES for name in TRANSFORMS if (model, name) not in REFUSED]

@@ -26,8 +26,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "wanda": {},
     "sparsegpt": {},
     "drop_layers": {"layers": (1,)},
+    "prune_channels": {"ratio": 0.5},
     "prune_ffn": {"ratio": 0.5},
     "prune_heads": {"ratio": 0.5},
+    "prune_hidden": {"ratio": 0.5, "multiple": 32},
     "low_rank": {"method": "plain"},
     "distill": {"steps": 2},
     "dtype": {"dtype": "bfloat16"},
@@ -46,15 +48,18 @@ NOT_FOR_BARE_MODULES = {
     "drop_layers": "no list of repeated blocks",
     "prune_ffn": "is no model of transformers",
     "prune_heads": "is no model of transformers",
+    "prune_hidden": "is no model of transformers",
     "data_parallel": "a bare module has no place",
     "compile": "a bare module has none",
     "kv_cache": "a bare module has none",
     "smoothquant": "no place in Sequential",
 }
-NARROWER = {"prune_ffn", "prune_heads", "low_rank"}
+NARROWER = {"prune_ffn", "prune_heads", "prune_hidden", "low_rank"}
 COMPOSITION = ["drop_layers", "magnitude", "int4"]
-NAMES = sorted(TRANSFORMS)
-BARE = [name for name in NAMES if name not in NOT_FOR_BARE_MODULES]
+NOT_FOR_LANGUAGE_MODELS = {"prune_channels": "is a model of transformers; use prune_ffn, prune_heads or prune_hidden"}
+NOT_FOR_A_BARE_LAYER = {"prune_channels"}  # whose outputs are the answers
+NAMES = sorted(name for name in TRANSFORMS if name not in NOT_FOR_LANGUAGE_MODELS)
+BARE = [name for name in TRANSFORMS if name not in NOT_FOR_BARE_MODULES]
 PLAN = {"batch_sizes": (1, 8), "threads": 1}
 Subjects = Callable[..., Subject]
 Logits = Callable[[nn.Module], Tensor]
@@ -131,7 +136,7 @@ def test_every_registered_transform_is_tested_here() -> None:
     assert set(SETTINGS) == set(TRANSFORMS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRANSFORMS)
 def test_it_declares_stage_execution_loader_and_says_what_each_setting_is(name: str) -> None:
     kind = TRANSFORMS[name]
     assert isinstance(kind.stage, Stage)
@@ -141,7 +146,7 @@ def test_it_declares_stage_execution_loader_and_says_what_each_setting_is(name: 
     assert all(field.description for field in kind.model_fields.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRANSFORMS)
 def test_its_step_can_be_written_down_and_made_again(name: str) -> None:
     step = make(name).step()
     assert step.name == name
@@ -222,7 +227,7 @@ def test_a_bare_module_is_changed_saved_and_opened_again(name: str, mlp: Callabl
         assert torch.equal(again(x), expected)
 
 
-@pytest.mark.parametrize("name", BARE)
+@pytest.mark.parametrize("name", [name for name in BARE if name not in NOT_FOR_A_BARE_LAYER])
 def test_a_bare_linear_layer_is_changed_saved_and_opened_again(name: str, tmp_path: Path) -> None:
     layer = applied(name, nn.Linear(64, 32))
     assert isinstance(layer, nn.Linear | LowRankLinear)
@@ -232,6 +237,14 @@ def test_a_bare_linear_layer_is_changed_saved_and_opened_again(name: str, tmp_pa
     with torch.inference_mode():
         optkit.save(layer, tmp_path / "saved")
         assert torch.equal(optkit.load(tmp_path / "saved", into=nn.Linear(64, 32)).module(x), layer(x))
+
+
+@pytest.mark.parametrize("name", NOT_FOR_LANGUAGE_MODELS)
+def test_what_a_language_model_cannot_have_is_refused(name: str, subject: Subjects) -> None:
+    with pytest.raises(TransformError, match=NOT_FOR_LANGUAGE_MODELS[name]):
+        make(name).check(Plan(subject()))
+    with pytest.raises(TransformError, match=NOT_FOR_LANGUAGE_MODELS[name]):
+        applied(name, subject())
 
 
 @pytest.mark.parametrize("name", sorted(NOT_FOR_BARE_MODULES))

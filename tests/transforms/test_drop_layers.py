@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from optkit.core.errors import TransformError
 from optkit.core.subject import Calibration, Subject
 from optkit.transforms import DropLayers, Plan
+from optkit.transforms.distill.losses import next_token_loss
 from optkit.transforms.layers import blocks
-from optkit.transforms.prune.drop_layers import block_influence
+from optkit.transforms.prune.drop_layers import block_influence, drop
 
 Subjects = Callable[..., Subject]
 
@@ -133,3 +135,20 @@ def test_two_equally_long_lists_of_blocks_are_refused() -> None:
 def test_a_list_within_a_block_is_not_taken_for_the_depth() -> None:
     inner = [nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4) for _ in range(8)])}) for _ in range(3)]
     assert blocks(nn.ModuleDict({"layers": nn.ModuleList(inner)}))[0] == "layers"
+
+
+def test_by_the_loss_those_blocks_go_without_which_the_text_is_predicted_best(subject: Subjects) -> None:
+    data = Calibration(tuple({"input_ids": torch.randint(2, 96, (4, 16))} for _ in range(2)))
+    whole = subject(num_hidden_layers=4).module
+
+    def loss_without(*doomed: int) -> float:
+        short = drop(copy.deepcopy(whole), set(doomed))
+        with torch.no_grad():
+            return sum(float(next_token_loss(short, short(**batch), batch)) for batch in data.batches)
+
+    first = min(range(4), key=loss_without)
+    second = min((i for i in range(4) if i != first), key=lambda i: loss_without(first, i))
+    expected = drop(copy.deepcopy(whole), {first, second}).state_dict()
+    found = DropLayers(count=2, importance="loss").apply(copy.deepcopy(whole), data)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+    assert found.config.num_hidden_layers == 2  # type: ignore[union-attr]

@@ -150,7 +150,11 @@ def cut(module: nn.Module, write: Callable[[Any], None], kept: Mapping[Place, Te
         layer = module.get_submodule(place.layer)
         old = layer.get_parameter(place.parameter)
         new = old.detach().index_select(place.dim, place.entries(units).to(old.device)).contiguous()
-        layer.register_parameter(place.parameter, nn.Parameter(new, requires_grad=old.requires_grad))
+        shorter = nn.Parameter(new, requires_grad=old.requires_grad)
+        for owner in module.modules():  # a tied weight has several
+            for key, parameter in owner._parameters.items():
+                if parameter is old:
+                    owner._parameters[key] = shorter
     twin = twin_of(module, write)
     write(_config(module))
     for name, layer in module.named_modules():
@@ -173,10 +177,10 @@ def _place(module: nn.Module, name: str, shape: torch.Size, units: int, kept: in
     dims = [dim for dim, (old, new) in enumerate(zip(before, shape, strict=True)) if old != new]
     lost = [before[dim] - shape[dim] for dim in dims]
     if len(dims) != 1 or lost[0] % (units - kept) or before[dims[0]] != lost[0] // (units - kept) * units:
-        raise TransformError(f"{name} is {tuple(before)}, which does not follow from {units} {what}")
+        raise TransformError(f"{name} is {tuple(before)}, which does not follow from {units} {what}; prune another width")
     each = lost[0] // (units - kept)
     flipped = isinstance(layer, Conv1D) and parameter == "weight"
-    reads = parameter == "weight" and before.numel() != len(before) and (dims[0] == 1) != flipped
+    reads = isinstance(layer, nn.Linear | Conv1D) and len(before) != before.numel() and (dims[0] == 1) != flipped
     return Place(layer_name, parameter, reads, dims[0], _segments(module, layer_name, units, each, what))
 
 

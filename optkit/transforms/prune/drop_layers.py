@@ -14,19 +14,28 @@ from torch import Tensor, nn
 from optkit.core.errors import TransformError
 from optkit.core.subject import Calibration, Subject
 from optkit.transforms.contract import Plan, Stage, Transform
+from optkit.transforms.distill.losses import next_token_loss
 from optkit.transforms.layers import blocks
+from optkit.transforms.tracing import evaluating
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")  # by which names a config counts
 _NOT_BY_BLOCK = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id"}  # lists that count something else
 
 
 class DropLayers(Transform):
-    """Drop the blocks that change their input least (block influence: Men et al. 2024, arXiv 2403.03853), or those named."""
+    """Drop the blocks that change their input least (block influence: Men et al. 2024, arXiv 2403.03853), or those named.
+
+    By the loss, they are taken one after another, each time the block without which the next token is predicted best (as in SLEB: Song
+    et al. 2024, arXiv 2402.09025).
+    """
 
     stage: ClassVar[Stage] = Stage.PRUNE
     opens_in: ClassVar[Literal["transformers", "optkit"]] = "transformers"
     count: Annotated[int, Field(ge=1)] = Field(default=1, description="how many blocks to drop; ignored where layers are named")
     layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), description="positions of the blocks to drop, counted from 0")
+    importance: Literal["influence", "loss"] = Field(
+        default="influence", description="what a block is judged by: how much it changes its input, or the loss without it"
+    )
     stack: str | None = Field(default=None, description="list of blocks to shorten, such as encoder.block, where a model has several")
 
     @property
@@ -52,10 +61,33 @@ class DropLayers(Transform):
         if not doomed:
             if data is None or not data.batches:
                 raise TransformError("drop_layers needs calibration data to choose the blocks; name them instead: layers: [5, 6]")
-            influence = block_influence(module, data, self.stack)
-            able = (index for index in sorted(range(len(influence)), key=influence.__getitem__) if _depth_key(module, {index}, self.stack))
-            doomed = set(islice(able, self.count))
+            doomed = self._by_loss(module, data) if self.importance == "loss" else self._by_influence(module, data)
         return drop(module, doomed, self.stack)
+
+    def _by_influence(self, module: nn.Module, data: Calibration) -> set[int]:
+        influence = block_influence(module, data, self.stack)
+        able = (index for index in sorted(range(len(influence)), key=influence.__getitem__) if _depth_key(module, {index}, self.stack))
+        return set(islice(able, self.count))
+
+    @torch.no_grad()
+    def _by_loss(self, module: nn.Module, data: Calibration) -> set[int]:
+        name, listed = blocks(module, self.stack)
+        parent, _, attribute = name.rpartition(".")
+        holder, doomed = module.get_submodule(parent), set[int]()
+
+        def loss_without(index: int) -> float:
+            holder.register_module(attribute, nn.ModuleList([block for i, block in enumerate(listed) if i not in doomed | {index}]))
+            return sum(float(next_token_loss(module, module(**batch, use_cache=False), batch)) for batch in data.batches)
+
+        try:
+            with evaluating(module):
+                while len(doomed) < self.count:
+                    able = [i for i in range(len(listed)) if i not in doomed and _depth_key(module, doomed | {i}, self.stack)]
+                    doomed.add(min(able, key=loss_without))
+                    holder.register_module(attribute, listed)
+        finally:
+            holder.register_module(attribute, listed)
+        return doomed
 
     def _check_module(self, module: nn.Module) -> None:
         name, stack = blocks(module, self.stack)

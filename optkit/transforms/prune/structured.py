@@ -67,6 +67,9 @@ class StructuredPruning(Transform):
         """Return what the places that share their units have in common: the name of the module that holds the layer."""
         return place.layer.rpartition(".")[0]
 
+    def about_to_cut(self, module: nn.Module, groups: Mapping[str, list[Place]], units: int, count: int) -> None:
+        """Change what would answer otherwise only because it sees fewer units."""
+
     def check(self, plan: Plan) -> None:
         """Refuse models whose configuration cannot say the new width, and ratios that remove nothing or everything."""
         self._groups(plan.subject.module)
@@ -89,6 +92,7 @@ class StructuredPruning(Transform):
         batch = _few(data) if data is not None and data.batches else some_tokens(module)
         with evaluating(module):
             before = answer_of(module, batch)
+            self.about_to_cut(module, groups, width.units, count)
             cut(module, lambda config: width.write(config, count), kept)
             after = answer_of(module, batch)
         off = float((after.float() - before.float()).norm() / before.float().norm().clamp(min=1e-12))
@@ -100,16 +104,11 @@ class StructuredPruning(Transform):
         return module
 
     def _groups(self, module: nn.Module) -> dict[str, list[Place]]:
-        width = self.width(module)
-        self.kept(width.units)
+        """Return the places of units that go together, by the name of what holds them."""
+        self.kept(self.width(module).units)
         groups: dict[str, list[Place]] = {}
-        for place in places_of(module, width, self.what):
-            layer = module.get_submodule(place.layer)
-            if not isinstance(layer, nn.Linear | Conv1D):
-                raise TransformError(
-                    f"{place.layer} ({type(layer).__name__}) has a size that goes with the {self.what}, and is no linear layer; "
-                    "prune another width"
-                )
+        for place in places_of(module, self.width(module), self.what):
+            self._refuse_place(module, place)
             groups.setdefault(self.group_of(place), []).append(place)
         for name, places in groups.items():
             readers = [place for place in places if place.reads]
@@ -118,6 +117,14 @@ class StructuredPruning(Transform):
             if self.compensation == "bias" and module.get_submodule(readers[0].layer)._parameters.get("bias") is None:
                 raise TransformError(f"{readers[0].layer} has no bias that could make good for units; use compensation: weights")
         return groups
+
+    def _refuse_place(self, module: nn.Module, place: Place) -> None:
+        layer = module.get_submodule(place.layer)
+        if not isinstance(layer, nn.Linear | Conv1D):
+            raise TransformError(
+                f"{place.layer} ({type(layer).__name__}) has a size that goes with the {self.what}, and is no linear layer; "
+                "prune another width"
+            )
 
     def _silence(
         self, module: nn.Module, groups: Mapping[str, list[Place]], data: Calibration, units: int, count: int
@@ -142,7 +149,7 @@ class StructuredPruning(Transform):
                 order = scores.argsort(descending=True, stable=True)
                 stay, go = order[:count].sort().values, order[count:].sort().values
                 if seen is not None:
-                    self._make_good(module.get_submodule(reader.layer), reader.entries(stay), reader.entries(go), seen)
+                    self.make_good(module.get_submodule(reader.layer), reader.entries(stay), reader.entries(go), seen)
                 for place in groups[name]:
                     silence(module, place, go)
                     kept[place] = stay
@@ -156,7 +163,8 @@ class StructuredPruning(Transform):
             raise TransformError(f"no calibration data reached {len(missed)} of {len(groups)} groups of layers ({', '.join(missed[:3])})")
         return kept
 
-    def _make_good(self, layer: nn.Module, stay: Tensor, go: Tensor, seen: Moments) -> None:
+    def make_good(self, layer: nn.Module, stay: Tensor, go: Tensor, seen: Moments) -> None:
+        """Let the inputs of a layer that stay, by their positions, stand in for those that go."""
         weight = weight_of(layer)
         if self.compensation == "weights":
             weight[:, stay] += (weight[:, go].float() @ shares(seen.gram, stay, go)).to(weight.dtype)
