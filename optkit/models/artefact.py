@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,14 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from optkit.core import files
-from optkit.core.errors import ArtefactError, ModelError
+from optkit.core.errors import ArtefactError
 from optkit.core.subject import Execution, Kind, Step, Subject
 from optkit.kernels import LAYERS
-from optkit.models.architectures import build, is_public, named_class
+from optkit.models.architectures import is_public
 from optkit.models.architectures import kind_of as kind_of
-from optkit.models.huggingface import read_config
 from optkit.models.interchange.bits import quantization_config
 from optkit.models.sizes import resize, sizes_of
+from optkit.models.skeleton import as_described, describe, is_pretrained, members_of, skeleton, tie_dense
 
 MANIFEST = "optkit.json"
 _SCHEMA = 1
@@ -60,6 +59,7 @@ class _Structure(BaseModel, strict=True, extra="allow"):
     history: list[_Step]
     layers: dict[str, _Layer]
     lists: dict[str, Annotated[int, Field(ge=0)]] = {}
+    members: list[str] = []
     sizes: dict[str, _Sizes] = {}
 
 
@@ -81,11 +81,7 @@ def save(model: nn.Module | Subject, folder: str | Path) -> None:
         module = subject.module
         if is_public(module):
             module.config.architectures = [type(module).__name__]  # type: ignore[union-attr]
-        if is_pretrained(module):
-            module.config.save_pretrained(aside)  # type: ignore[operator,union-attr]
-            generation = getattr(module, "generation_config", None)
-            if generation is not None:
-                generation.save_pretrained(aside)
+        describe(module, aside)
         if subject.tokenizer is not None:
             subject.tokenizer.save_pretrained(aside)
         structure = _structure(subject)
@@ -107,8 +103,8 @@ def load(folder: str | Path, into: nn.Module | None = None) -> Subject:
     """
     folder = Path(folder)
     structure = _read_structure(files.verify(folder, MANIFEST), folder)
-    module = _insert_layers(_skeleton(folder, structure, into), structure["layers"])
-    _tie_dense(module)
+    module = _insert_layers(skeleton(folder, structure, into), structure["layers"])
+    tie_dense(module)
     resize(module, structure.get("sizes", {}))
     _assign(module, folder)
     return _subject(folder, module.eval(), structure, _tokenizer(folder))
@@ -119,8 +115,8 @@ def outline(folder: str | Path) -> Subject:
     folder = Path(folder)
     structure = _read_structure(files.read_json(folder / MANIFEST), folder)
     with torch.device("meta"):
-        module = _insert_layers(_skeleton(folder, structure, None), structure["layers"])
-        _tie_dense(module)
+        module = _insert_layers(skeleton(folder, structure, None), structure["layers"])
+        tie_dense(module)
         resize(module, structure.get("sizes", {}))
     return _subject(folder, module.eval(), structure, None)
 
@@ -129,15 +125,6 @@ def opens_alone(folder: str | Path) -> bool:
     """Say whether ``load`` can make the module of an artefact itself, without ``into``."""
     folder = Path(folder)
     return bool(_read_structure(files.read_json(folder / MANIFEST), folder)["pretrained"])
-
-
-def is_pretrained(module: nn.Module) -> bool:
-    """Say whether the module is a transformers model, with a configuration it can be built from."""
-    if "transformers.modeling_utils" not in sys.modules:
-        return False  # nobody can have made one yet, and a plain module need not wait for the import
-    from transformers import PreTrainedModel
-
-    return isinstance(module, PreTrainedModel)
 
 
 def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -185,24 +172,17 @@ def _structure(subject: Subject) -> dict[str, Any]:
         "source": subject.source,
         "kind": subject.kind,
         "class": type(subject.module).__name__,
-        "pretrained": is_public(subject.module),
+        "pretrained": as_described(subject.module) is not None,
+        "members": members_of(subject.module),
         "trained": subject.trained,
         "replicas": subject.replicas,
         "opens_in": subject.opens_in,
         "execution": subject.execution,
         "history": [asdict(step) for step in subject.history],
         "layers": layers,
-        "sizes": sizes_of(subject.module, _as_described(subject.module)),
+        "sizes": sizes_of(subject.module, as_described(subject.module)),
         "lists": {name: len(layer) for name, layer in subject.module.named_modules() if isinstance(layer, nn.ModuleList)},
     }
-
-
-def _as_described(module: nn.Module) -> nn.Module | None:
-    """Return the model on the meta device as its configuration describes it; None where only its class can make it."""
-    if not is_public(module):
-        return None
-    with torch.device("meta"):
-        return build(type(module), module.config)
 
 
 def _declare(module: nn.Module, folder: Path) -> bool:
@@ -225,35 +205,6 @@ def _read_structure(content: Any, folder: Path) -> dict[str, Any]:
         told = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors(include_url=False)[:3])
         raise ArtefactError(f"{folder / MANIFEST} does not describe an artefact: {told}") from None
     return content
-
-
-def _skeleton(folder: Path, structure: dict[str, Any], into: nn.Module | None) -> nn.Module:
-    if into is not None:
-        return _shortened(into, structure.get("lists", {}))
-    config = read_config(folder) if structure["pretrained"] else None
-    if config is not None:
-        config.__dict__.pop("quantization_config", None)  # it speaks to other loaders; here optkit.json tells of the layers
-    kind = named_class(structure["class"], config)
-    if kind is None:
-        raise ModelError(
-            f"{folder} holds the weights of a {structure['class']}; give a fresh one: load(folder, into={structure['class']}(...))"
-        )
-    from transformers import GenerationConfig
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        module = build(kind, config)
-    if (folder / "generation_config.json").exists():
-        module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return module
-
-
-def _shortened(module: nn.Module, lengths: dict[str, int]) -> nn.Module:
-    """Cut lists of blocks to the length that was saved: a fresh module still has the blocks that were dropped."""
-    for name, layer in list(module.named_modules()):
-        if isinstance(layer, nn.ModuleList) and len(layer) > lengths.get(name, len(layer)):
-            del layer[lengths[name] :]
-    return module
 
 
 def _insert_layers(module: nn.Module, layers: dict[str, Any]) -> nn.Module:
@@ -310,11 +261,6 @@ def _twins(module: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     named = list(module.named_parameters(remove_duplicate=False))
     return {name: first[id(parameter)] for name, parameter in named if first.setdefault(id(parameter), name) != name}
-
-
-def _tie_dense(module: nn.Module) -> None:
-    if is_pretrained(module) and not any(getattr(layer, "tied", None) is not None for layer in module.modules()):
-        module.tie_weights()  # type: ignore[operator]
 
 
 def _subject(folder: Path, module: nn.Module, structure: dict[str, Any], tokenizer: Any) -> Subject:

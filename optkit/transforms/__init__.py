@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from optkit.transforms.distill.distill import Distill as Distill
     from optkit.transforms.dtype import Dtype as Dtype
     from optkit.transforms.factorize.low_rank import LowRank as LowRank
+    from optkit.transforms.merge.ensemble import Ensemble as Ensemble
+    from optkit.transforms.merge.merge import Merge as Merge
     from optkit.transforms.parallel.data_parallel import DataParallel as DataParallel
     from optkit.transforms.prune.drop_layers import DropLayers as DropLayers
     from optkit.transforms.prune.magnitude import Magnitude as Magnitude
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 TRANSFORMS: Registry[Transform] = Registry(
     "transform",
     {
+        "merge": "optkit.transforms.merge.merge:Merge",
+        "ensemble": "optkit.transforms.merge.ensemble:Ensemble",
         "magnitude": "optkit.transforms.prune.magnitude:Magnitude",
         "wanda": "optkit.transforms.prune.wanda:Wanda",
         "sparsegpt": "optkit.transforms.prune.sparsegpt:Sparsegpt",
@@ -66,12 +70,14 @@ __all__ = [
     "Distill",
     "DropLayers",
     "Dtype",
+    "Ensemble",
     "Int4",
     "Int8",
     "KvCache",
     "LlmInt8",
     "LowRank",
     "Magnitude",
+    "Merge",
     "Mixed",
     "Nf4",
     "Plan",

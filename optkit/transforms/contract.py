@@ -17,6 +17,7 @@ from optkit.core.subject import Calibration, Execution, Step, Subject
 class Stage(IntEnum):
     """The order in which transforms can follow one another; equal stages may repeat."""
 
+    MERGE = 0
     PRUNE = 1
     FACTORIZE = 2
     DISTILL = 3

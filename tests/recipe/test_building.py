@@ -123,7 +123,7 @@ def test_a_free_shape_is_read(read: Callable[..., Any]) -> None:
         (
             "transforms: [data_parallel, int8]",
             "transforms[1]",
-            "int8 (quantize) cannot follow data_parallel (parallel); the order is prune, factorize",
+            "int8 (quantize) cannot follow data_parallel (parallel); the order is merge, prune, factorize",
         ),
         ("measure: [latency]", "measure", "got a list"),
         ("measure: {}", "measure", "names no meter; leave it out for latency, memory, quality"),

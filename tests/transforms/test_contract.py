@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from optkit.kernels.low_rank import LowRankLinear
 from optkit.transforms import TRANSFORMS, Plan, Stage, Transform
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "merge": {"models": ("./other",)},
+    "ensemble": {"models": ("./other",)},
     "magnitude": {},
     "wanda": {},
     "sparsegpt": {},
@@ -46,6 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 NOT_FOR_BARE_MODULES = {
     "drop_layers": "no list of repeated blocks",
+    "ensemble": "this model is no causal language model",
     "prune_ffn": "is no model of transformers",
     "prune_heads": "is no model of transformers",
     "prune_hidden": "is no model of transformers",
@@ -54,7 +58,7 @@ NOT_FOR_BARE_MODULES = {
     "kv_cache": "a bare module has none",
     "smoothquant": "no place in Sequential",
 }
-NARROWER = {"prune_ffn", "prune_heads", "prune_hidden", "low_rank"}
+RESHAPED = {"ensemble", "prune_ffn", "prune_heads", "prune_hidden", "low_rank"}
 COMPOSITION = ["drop_layers", "magnitude", "int4"]
 NOT_FOR_LANGUAGE_MODELS = {"prune_channels": "is a model of transformers; use prune_ffn, prune_heads or prune_hidden"}
 NOT_FOR_A_BARE_LAYER = {"prune_channels"}  # whose outputs are the answers
@@ -98,7 +102,8 @@ def applied(name: str, model: Any) -> Any:
     """Return the model with the transform applied, which is given data where it needs some."""
     transform = make(name)
     batch = {"input_ids": torch.arange(2, 34).view(2, 16)} if isinstance(model, Subject) else {"input": torch.ones(2, 64)}
-    return transform.apply(model, Calibration((batch,)) if transform.needs_data else None)
+    other = copy.deepcopy(model.module if isinstance(model, Subject) else model)
+    return transform.apply(model, Calibration((batch,), open_model=lambda spec: other) if transform.needs_data else None)
 
 
 def shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -195,7 +200,7 @@ def test_layers_stay_findable_with_their_true_sizes(name: str, subject: Subjects
     before = linears(subject().module)
     after = linears(applied(name, subject()).module)
     assert after
-    if name in NARROWER:
+    if name in RESHAPED:
         sizes = {name: layer.weight.shape for name, layer in applied(name, subject()).module.named_modules() if name in after}
         assert sizes == {layer: (rows, columns) for layer, (columns, rows) in after.items()}
         return

@@ -20,8 +20,9 @@ from optkit.kernels.int8 import Int8Embedding, Int8Linear
 from optkit.kernels.layout import unpack_nibbles
 from optkit.kernels.packed import PackedLayer, PackedLinear
 from optkit.kernels.w8a8 import W8A8Linear
-from optkit.models.artefact import distinct_tensors, is_pretrained, save_tensors
+from optkit.models.artefact import distinct_tensors, save_tensors
 from optkit.models.interchange.words import pack_words
+from optkit.models.skeleton import is_pretrained
 
 _SYMMETRIC = 8  # the zero point of symmetric numbers 0..15
 
