@@ -171,6 +171,7 @@ def test_the_public_names_of_the_transforms_stay() -> None:
         "PruneHidden",
         "Qat",
         "Smoothquant",
+        "Sparse",
         "Sparsegpt",
         "Wanda",
     ]

@@ -29,7 +29,14 @@ SCALE = [
     for path in sorted((RECIPES / "scale").glob("*.yaml"))
 ]
 SHORT = ["threads=1", "measure.latency.seconds=1", "measure.latency.new_tokens=10", "measure.latency.prompt_tokens=16"]
-QUICKER = {"qat-int4": ("transforms.0.qat.steps=2",), "mixed": ("transforms.0.mixed={layers: {'*': int8}}",)}
+QUICKER = {
+    "qat-int4": ("transforms.0.qat.steps=2",),
+    "mixed": ("transforms.0.mixed={layers: {'*': int8}}",),
+    "gradual50": ("transforms.0.distill.steps=2",),
+    "prune_heads50": ("transforms.1.distill.steps=2",),
+    "pruned25": ("transforms.2.distill.steps=2",),
+    "composed": ("transforms.2.distill.steps=2",),
+}
 TEXTS = "optkit/harness/*.py"  # a small corpus: that of the standard library takes every process some seconds
 TINY = "{shape: {layers: 2, hidden_size: 128, heads: 2, intermediate_size: 256, vocabulary: 512}}"
 

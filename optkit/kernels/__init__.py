@@ -20,6 +20,7 @@ LAYERS: Registry[nn.Module] = Registry(
         "w8a8_linear": "optkit.kernels.w8a8:W8A8Linear",
         "bits4_linear": "optkit.kernels.bnb:Bits4Linear",
         "low_rank_linear": "optkit.kernels.low_rank:LowRankLinear",
+        "sparse_linear": "optkit.kernels.sparse:SparseLinear",
         "llm_int8_linear": "optkit.kernels.llm_int8:LlmInt8Linear",
     },
 )

@@ -18,7 +18,7 @@ from optkit.core.errors import MissingError, PlaceError, ResourceError
 from optkit.core.files import write_bytes
 
 _HERE = Path(__file__).parent
-SOURCES = (_HERE / "linear.c", _HERE / "decode.c")
+SOURCES = (_HERE / "linear.c", _HERE / "decode.c", _HERE / "sparse.c")
 OPERATOR = _HERE / "operator.cpp"
 HEADERS = tuple(
     _HERE / f"{name}.h" for name in ("lanes", "call", "nibbles", "few", "panels", "integers", "pairs", "tiles", "decoder", "attention")

@@ -54,6 +54,8 @@ class Native:
     gather: Callable[..., int]
     decode: Callable[..., int]
     decoder_room: Callable[..., int]
+    sparse_few: Callable[..., int]
+    sparse_dense: Callable[..., int]
     backend: Backend
 
 
@@ -166,5 +168,15 @@ def _open(best: Backend, reason: str) -> _Choice:
     library.optkit_decode.argtypes = [address, address, count, count, address, address, flag]
     library.optkit_decoder_room.argtypes = [address, count, flag]
     library.optkit_decoder_room.restype = count
-    functions = (library.optkit_linear, library.optkit_gather, library.optkit_decode, library.optkit_decoder_room)
-    return _Choice(Native(*functions, backend=best), reason)
+    library.optkit_sparse_few.argtypes = [address, address, address, address, count, flag]
+    library.optkit_sparse_dense.argtypes = [address, address, flag]
+    opened = Native(
+        library.optkit_linear,
+        library.optkit_gather,
+        library.optkit_decode,
+        library.optkit_decoder_room,
+        library.optkit_sparse_few,
+        library.optkit_sparse_dense,
+        backend=best,
+    )
+    return _Choice(opened, reason)

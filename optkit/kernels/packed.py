@@ -182,7 +182,7 @@ class PackedLinear(PackedLayer, nn.Linear):
 
     def in_kernels(self, input: Tensor) -> bool:
         """Say whether the kernels take inputs like this one; their layout is made where it is not there yet."""
-        return is_compiling() or (_plain(input) and self.owner.prepare())
+        return is_compiling() or (is_plain(input) and self.owner.prepare())
 
     def forward(self, input: Tensor) -> Tensor:
         """Return x W^T + b for an input (..., in_features), in its dtype.
@@ -194,7 +194,7 @@ class PackedLinear(PackedLayer, nn.Linear):
             return self._forward_traced(input)
         plan = (self._owner[0] if self._owner else self).plan
         bias = self._parameters["bias"]
-        if plan is None or not _plain(input) or (bias is not None and bias.dtype not in HALF):
+        if plan is None or not is_plain(input) or (bias is not None and bias.dtype not in HALF):
             return self._forward_elsewhere(input)
         if input.shape[-1] != self.in_features:
             raise RuntimeError(f"the input has {input.shape[-1]} features, this layer takes {self.in_features}")
@@ -204,7 +204,7 @@ class PackedLinear(PackedLayer, nn.Linear):
         return self.out_features, self.in_features
 
     def _forward_elsewhere(self, input: Tensor) -> Tensor:
-        if self.owner.plan is None and _plain(input) and self.owner.prepare():
+        if self.owner.plan is None and is_plain(input) and self.owner.prepare():
             return self.forward(input)
         return self._forward_torch(input)
 
@@ -233,7 +233,7 @@ def prepare_layers(module: nn.Module) -> int:
     return count
 
 
-def _plain(input: Tensor) -> bool:
+def is_plain(input: Tensor) -> bool:
     """Say whether the kernels may read this tensor: floats in the memory of the CPU, and nobody asks for a gradient or a trace."""
     return (
         (type(input) is Tensor or type(input) is nn.Parameter)

@@ -9,10 +9,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from optkit.report.metrics import base_of, family_of, in_order, number, scale_of, title_of
+from optkit.report.metrics import base_of, in_order, number, scale_of, title_of
 from optkit.report.plots import DRAWN, MARKERS, Point, quality_speed_figure, samples_figure
 from optkit.report.record import Arm, Metric, Report
-from optkit.report.summary import AGAIN, HEADERS, summarize, transforms_of
+from optkit.report.summary import AGAIN, HEADERS, axes_of, summarize, transforms_of
 from optkit.report.text import plain
 
 VERDICTS = ("better", "worse", "same", "unclear", "simulated")
@@ -45,14 +45,6 @@ def to_html(report: Report, recipe_yaml: str) -> str:
 def render(template: str, **values: Any) -> str:
     """Return a page of this package's templates. Everything is escaped but the drawings."""
     return _templates().get_template(template).render(**values)
-
-
-def axes_of(report: Report) -> tuple[str, str]:
-    """Return the metrics that stand for speed and quality: per-token time and perplexity, else the first of their kind; "" for none."""
-    units = {metric: entry.unit for arm in report.arms.values() for metric, entry in arm.metrics.items()}
-    times = [metric for metric in in_order(units) if family_of(metric, units[metric]) == "timing" and units[metric] == "ms"]
-    quality = [metric for metric in in_order(units) if family_of(metric, units[metric]) == "quality"]
-    return ("tpot_ms" if "tpot_ms" in times else next(iter(times), "")), next(iter(quality), "")
 
 
 def direction(speed: str, quality: str, higher_is_better: bool) -> str:

@@ -131,27 +131,31 @@ def _steps(report: Report) -> tuple[Block, ...]:
     names = [*(name for name in report.arms if name.startswith(STEP)), OPTIMIZED]
     if len(names) == 1 or OPTIMIZED not in report.arms:
         return ()
-    told = {entry.metric: entry for entry in report.comparisons if entry.arm == OPTIMIZED and entry.ratio is not None}
-    kinds = {metric: family_of(metric, report.arms[OPTIMIZED].metrics[metric].unit) for metric in in_order(told)}
-    quality = next((metric for metric, kind in kinds.items() if kind == "quality"), None)
-    timing = "tpot_ms" if "tpot_ms" in kinds else next((metric for metric, kind in kinds.items() if kind == "timing"), None)
-    metrics = [metric for metric in (quality, timing, "artefact_bytes") if metric is not None and metric in kinds]
+    speed, quality = axes_of(report)
+    metrics = [metric for metric in (quality, speed, "artefact_bytes") if report.compared(OPTIMIZED, metric) is not None]
     rows, before = [], dict.fromkeys(metrics, 1.0)
     for name in names:
-        arm = report.arms[name]
         cells = []
         for metric in metrics:
             entry = report.compared(name, metric)
             ratio = entry.ratio if entry else None
-            cells += [
-                "-" if entry is None else interval(entry.ratio, entry.low, entry.high),
-                "-" if not ratio or not before[metric] else number(ratio / before[metric]),
-            ]
+            exact = family_of(metric, report.arms[name].metrics[metric].unit if metric in report.arms[name].metrics else "") == "size"
+            shown = number(ratio) if exact or entry is None else interval(ratio, entry.low, entry.high)
+            cells += [shown, number(ratio / before[metric]) if ratio and before[metric] else NO_VERDICT]
             before[metric] = ratio or before[metric]
-        rows.append((plain(arm.history[-1].name, 60) if arm.history else plain(name, 60), *cells))
-    headers = ("after each step", *(text for metric in metrics for text in (plain(metric, 24), "its share")))
-    about = "ratios to the baseline after each step, and by how much the step itself has changed that of the step before"
+        steps = report.arms[name].history
+        rows.append((plain(steps[-1].name, 20) if steps else name, *cells))
+    headers = ("after", *(text for metric in metrics for text in (plain(metric, 20), "step")))
+    about = "each step: ratios to the baseline after it; in the column beside, by how much it has changed what the step before had left"
     return (Block(about, headers, tuple(rows)),)
+
+
+def axes_of(report: Report) -> tuple[str, str]:
+    """Return the metrics that stand for speed and quality: per-token time and perplexity, else the first of their kind; "" for none."""
+    units = {metric: entry.unit for arm in report.arms.values() for metric, entry in arm.metrics.items()}
+    times = [metric for metric in in_order(units) if family_of(metric, units[metric]) == "timing" and units[metric] == "ms"]
+    quality = [metric for metric in in_order(units) if family_of(metric, units[metric]) == "quality"]
+    return ("tpot_ms" if "tpot_ms" in times else next(iter(times), "")), next(iter(quality), "")
 
 
 def _block(report: Report, names: list[str]) -> Block:

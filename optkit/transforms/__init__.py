@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from optkit.transforms.prune.prune_ffn import PruneFfn as PruneFfn
     from optkit.transforms.prune.prune_heads import PruneHeads as PruneHeads
     from optkit.transforms.prune.prune_hidden import PruneHidden as PruneHidden
+    from optkit.transforms.prune.sparse import Sparse as Sparse
     from optkit.transforms.prune.sparsegpt import Sparsegpt as Sparsegpt
     from optkit.transforms.prune.wanda import Wanda as Wanda
     from optkit.transforms.quantize.int4 import Int4 as Int4
@@ -48,6 +49,7 @@ TRANSFORMS: Registry[Transform] = Registry(
         "prune_hidden": "optkit.transforms.prune.prune_hidden:PruneHidden",
         "low_rank": "optkit.transforms.factorize.low_rank:LowRank",
         "distill": "optkit.transforms.distill.distill:Distill",
+        "sparse": "optkit.transforms.prune.sparse:Sparse",
         "dtype": "optkit.transforms.dtype:Dtype",
         "int8": "optkit.transforms.quantize.int8:Int8",
         "int4": "optkit.transforms.quantize.int4:Int4",
@@ -87,6 +89,7 @@ __all__ = [
     "PruneHidden",
     "Qat",
     "Smoothquant",
+    "Sparse",
     "Sparsegpt",
     "Stage",
     "Transform",

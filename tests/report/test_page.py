@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from optkit.report.page import axes_of, to_html
+from optkit.report.page import to_html
 from optkit.report.plots import DRAWN, Point, quality_speed_figure, samples_figure
+from optkit.report.summary import axes_of
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 

@@ -6,6 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
+from optkit.report.record import StepRecord
 from optkit.report.summary import summarize
 from optkit.report.table import print_table, to_markdown
 
@@ -138,3 +139,24 @@ def test_quick_runs_and_random_weights_are_said(make_report):
 @pytest.mark.parametrize("form", [drawn, to_markdown])
 def test_the_conditions_of_quality_are_told(make_report, form):
     assert "window 512, stride 512" in form(make_report())
+
+
+def test_a_row_for_each_step_tells_what_it_has_come_to_and_what_it_did_itself(make_report):
+    made = make_report(steps=("drop_layers", "int4"), others=("step-1", "bfloat16"), factor=0.4)
+    first = made.arms["step-1"].model_copy(
+        update={"history": (StepRecord(name="drop_layers", settings={}, execution="real", opens_in="transformers"),)}
+    )
+    made = made.model_copy(update={"arms": {**made.arms, "step-1": first}})
+    steps, others = summarize(made).blocks
+    assert steps.headers == ("after", "perplexity", "step", "tpot_ms", "step", "artefact_bytes", "step")
+    assert [row[0] for row in steps.rows] == ["drop_layers", "int4"]
+    assert steps.rows[0][3:5] == ("0.80 [0.78, 0.82]", "0.8000")
+    assert steps.rows[1][3:5] == ("0.400 [0.392, 0.408]", "0.5000")
+    assert others.headers[1] == "bfloat16"
+    widest = max(len(line.rstrip()) for line in drawn(made).splitlines())
+    assert widest <= 100
+    assert "drop_layers" in drawn(made) and "| int4" in to_markdown(made)
+
+
+def test_a_recipe_of_one_step_needs_no_such_rows(make_report):
+    assert all(block.headers[0] == "other arms" for block in summarize(make_report()).blocks)
