@@ -106,3 +106,15 @@ def test_compiled_it_is_one_graph_with_the_same_answers(m: int) -> None:
 def test_what_is_not_finite_is_refused() -> None:
     with pytest.raises(TransformError):
         SparseLinear.from_weight(torch.tensor([[1.0, float("nan")]]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+def test_on_cuda_a_pattern_of_two_in_four_runs_on_the_units_for_it() -> None:
+    weight = torch.randn(128, 256).bfloat16().unflatten(1, (-1, 4))
+    weight[..., :2] = 0
+    layer = SparseLinear.from_weight(weight.flatten(1)).cuda()
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    exact = x.double() @ weight.flatten(1).cuda().double().T
+    assert (layer(x).double() - exact).norm() < 0.01 * exact.norm()
+    assert type(layer._dense) is not Tensor

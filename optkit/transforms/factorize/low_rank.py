@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -14,6 +15,7 @@ from optkit.core.subject import Calibration
 from optkit.core.targets import Targets
 from optkit.kernels.low_rank import LowRankLinear
 from optkit.transforms.contract import Plan, Stage, Transform
+from optkit.transforms.factorize.svd import allotted, energies, rank_within, truncated
 from optkit.transforms.layers import (
     hidden_weights,
     is_on_meta,
@@ -25,12 +27,16 @@ from optkit.transforms.layers import (
     weight_of,
 )
 from optkit.transforms.moments import Moments, by_blocks
+from optkit.transforms.prune.importance import loudness, predicts_tokens
+
+_HEARD = 4  # batches from which the loss's gradients are known well enough
 
 
 class LowRank(Transform):
     """Two factors for linear layers, found so that their outputs change least; the output head is left alone.
 
-    The bytes to be saved are saved where it costs least, and some layers may stay as they are.
+    The bytes to be saved are saved where it costs least, and some layers may stay as they are. For a language model that is where the loss
+    hears least of it, for others where a layer's outputs change least.
     """
 
     stage: ClassVar[Stage] = Stage.FACTORIZE
@@ -79,10 +85,11 @@ class LowRank(Transform):
                 self._split(module, name, self.ranks.get(name) or rank_within(rows, columns, self.ratio), None)
             return module
         ranks = self.ranks or self._allot(module, names, data)
+        loud = self._loudness(module, list(ranks), data)
 
         def work(moments: Mapping[str, Moments]) -> None:
             for name, seen in moments.items():
-                self._split(module, name, ranks[name], seen.gram)
+                self._split(module, name, ranks[name], seen.gram, loud.get(name))
 
         by_blocks(module, data or Calibration(), list(ranks), work)
         return module
@@ -92,10 +99,12 @@ class LowRank(Transform):
         if data is None or not data.batches:
             raise TransformError("low_rank needs calibration data to whiten by; give some, or use method: plain")
         spectra: dict[str, Tensor] = {}
+        loud = self._loudness(module, names, data)
 
         def look(moments: Mapping[str, Moments]) -> None:
             for name, seen in moments.items():
-                spectra[name] = energies(weight_of(module.get_submodule(name)), seen.gram)
+                found = energies(weight_of(module.get_submodule(name)), seen.gram, loud.get(name))
+                spectra[name] = found if loud else found / found.sum().clamp(min=1e-300)
 
         by_blocks(module, data, names, look)
         missed = [name for name in names if name not in spectra]
@@ -106,13 +115,18 @@ class LowRank(Transform):
             )
         return allotted({name: (spectra[name], *weight_of(module.get_submodule(name)).shape) for name in names}, self.ratio)
 
-    def _split(self, module: nn.Module, name: str, rank: int, gram: Tensor | None) -> None:
+    def _loudness(self, module: nn.Module, names: list[str], data: Calibration | None) -> dict[str, Tensor]:
+        if data is None or not predicts_tokens(module, data):
+            return {}
+        return loudness(module, replace(data, batches=data.batches[:_HEARD]), names)
+
+    def _split(self, module: nn.Module, name: str, rank: int, gram: Tensor | None, loud: Tensor | None = None) -> None:
         layer = module.get_submodule(name)
         weight, bias = weight_of(layer), layer._parameters.get("bias")
         if weight.is_meta:
             factors = weight.new_empty(rank, weight.shape[1]), weight.new_empty(weight.shape[0], rank)
         else:
-            factors = truncated(weight, rank, gram)
+            factors = truncated(weight, rank, gram, loud)
         replace_layer(module, name, LowRankLinear.of(*factors, bias).train(layer.training))
 
     def _layers(self, module: nn.Module) -> list[str]:
@@ -139,59 +153,3 @@ class LowRank(Transform):
                     f"exclude it: targets: {{exclude: ['{name}']}}"
                 )
         return names
-
-
-def rank_within(rows: int, columns: int, ratio: float) -> int:
-    """Return the largest rank whose two factors have at most ``1 - ratio`` of the weights of a (rows, columns) matrix."""
-    return int((1 - ratio) * rows * columns / (rows + columns))
-
-
-def energies(weight: Tensor, gram: Tensor) -> Tensor:
-    """Return the squared singular values of W L, falling, in float64 (out,): what each direction adds to the outputs' mean square."""
-    exact = weight.double()
-    squares: Tensor = torch.linalg.eigvalsh(exact @ gram.double() @ exact.T)
-    return squares.flip(0).clamp(min=0)
-
-
-def allotted(layers: Mapping[str, tuple[Tensor, int, int]], ratio: float) -> dict[str, int]:
-    """Return a rank for each layer but those that stay as they are, so that all together lose ``ratio`` of their weights or a little more.
-
-    The law: of all such ranks those with the least sum of what the layers lose, each as a share of its outputs' mean square, found by
-    one price for a weight in all layers.
-
-    Args:
-        layers: for each its ``energies``, its rows and its columns.
-        ratio: share of the weights to be removed.
-    """
-    options = {}
-    for name, (energy, rows, columns) in layers.items():
-        most = rank_within(rows, columns, 0.0)
-        lost = 1 - energy.cumsum(0)[: max(1, most)] / energy.sum().clamp(min=1e-300)
-        costs = torch.arange(1, len(lost) + 1, dtype=torch.float64) * (rows + columns)
-        options[name] = torch.cat([lost, lost.new_zeros(1)]), torch.cat([costs, costs.new_tensor([rows * columns])])
-    wanted = (1 - ratio) * sum(rows * columns for _, rows, columns in layers.values())
-
-    def at(price: float) -> tuple[dict[str, int], float]:
-        chosen = {name: int((lost + price * costs).argmin()) for name, (lost, costs) in options.items()}
-        return chosen, sum(float(options[name][1][index]) for name, index in chosen.items())
-
-    low, high = -40.0, 40.0  # the logarithm of the price
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if at(2**middle)[1] <= wanted else (middle, high)
-    chosen, _ = at(2**high)
-    return {name: index + 1 for name, index in chosen.items() if index < len(options[name][0]) - 1}
-
-
-@torch.no_grad()
-def truncated(weight: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return factors (rank, in) and (out, rank) of the nearest matrix of that rank to a weight (out, in).
-
-    The law: with gram = L L^T and the singular value decomposition W L = U S V^T, the product of U_r and U_r^T W has the least error
-    ||(W' - W) L|| of the outputs (SVD-LLM: Wang et al. 2024, arXiv 2403.07378). No inverse of L is needed, so a gram that is not of
-    full rank does no harm. Without a gram, L is the identity, and the error is that of the weights.
-    """
-    exact = weight.double()
-    squared = exact @ exact.T if gram is None else exact @ gram.double() @ exact.T  # U S^2 U^T
-    left = torch.linalg.eigh(squared).eigenvectors[:, -rank:]
-    return (left.T @ exact).to(weight.dtype).contiguous(), left.to(weight.dtype).contiguous()

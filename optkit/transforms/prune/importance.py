@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,52 @@ def taylor(module: nn.Module, data: Calibration, readers: Iterable[Place], units
         for parameter, asked in asking.items():
             parameter.requires_grad_(asked)
     return found
+
+
+def loudness(module: nn.Module, data: Calibration, layers: Iterable[str]) -> dict[str, Tensor]:
+    """Return by layer the mean square of dL/dy for each of its outputs y (out,): how much the loss hears of an error there.
+
+    Raises:
+        TransformError: the model predicts no next token.
+    """
+    found: dict[str, Tensor] = {}
+    positions = 0
+    asking = {parameter: parameter.requires_grad for parameter in module.parameters()}
+
+    def hook(name: str) -> Any:
+        def listen(layer: nn.Module, _: Any, output: Tensor) -> Tensor:
+            def hear(gradient: Tensor) -> None:
+                squares = gradient.detach().float().square().flatten(0, -2).sum(0)
+                found[name] = found[name] + squares if name in found else squares
+
+            output.register_hook(hear)
+            return output
+
+        return listen
+
+    handles = [module.get_submodule(name).register_forward_hook(hook(name)) for name in layers]
+    try:
+        for number, parameter in enumerate(asking):
+            parameter.requires_grad_(number == 0 or parameter.ndim == 1)  # enough for every output to have a gradient
+        with evaluating(module), torch.enable_grad():
+            for batch in data.batches:
+                loss = _next_token_loss(module, batch)
+                positions += batch["input_ids"].numel()
+                (loss * batch["input_ids"].numel()).backward()
+                for parameter in asking:
+                    parameter.grad = None
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, asked in asking.items():
+            parameter.requires_grad_(asked)
+    return {name: squares / max(1, positions) for name, squares in found.items()}
+
+
+def predicts_tokens(module: nn.Module, data: Calibration) -> bool:
+    """Say whether the loss of the next token can be taken on this data."""
+    generates = getattr(module, "can_generate", None)
+    return callable(generates) and bool(generates()) and all("input_ids" in batch for batch in data.batches)
 
 
 def _next_token_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
