@@ -28,6 +28,16 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def inner_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers with weights of their own, floats still, but for the output head and what is tied to an embedding."""
+    head = output_head(module)
+    return {
+        name: layer
+        for name, layer in linear_layers(module).items()
+        if name != head and "weight" in layer._parameters and tied_embedding(module, layer) is None
+    }
+
+
 def _within_attention(module: nn.Module, name: str) -> bool:
     return isinstance(module.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
 

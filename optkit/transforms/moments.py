@@ -7,7 +7,7 @@ slower, and the same result.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -109,6 +109,20 @@ def by_blocks(module: nn.Module, data: Calibration, names: Sequence[str], work: 
         del chain
         rest = [name for name in names if not any(name in here for here in inside)]
         _work_on(module, rest, run_all, work)
+
+
+def refuse_missed(names: Sequence[str], reached: Container[str]) -> None:
+    """Refuse layers that no calibration data has reached.
+
+    Raises:
+        TransformError: there are some; they are named, with the way to leave them as they are.
+    """
+    missed = [name for name in names if name not in reached]
+    if missed:
+        raise TransformError(
+            f"no calibration data reached {len(missed)} of {len(names)} layers ({', '.join(missed[:3])}); exclude them: "
+            f"targets: {{exclude: ['{missed[0]}']}}"
+        )
 
 
 class _Chain:

@@ -18,15 +18,13 @@ from optkit.transforms.contract import Plan, Stage, Transform
 from optkit.transforms.factorize.svd import allotted, energies, rank_within, truncated
 from optkit.transforms.layers import (
     hidden_weights,
+    inner_layers,
     is_on_meta,
-    linear_layers,
-    output_head,
     refuse_hidden_weights,
     replace_layer,
-    tied_embedding,
     weight_of,
 )
-from optkit.transforms.moments import Moments, by_blocks
+from optkit.transforms.moments import Moments, by_blocks, refuse_missed
 from optkit.transforms.prune.importance import loudness, predicts_tokens
 
 _HEARD = 4  # batches from which the loss's gradients are known well enough
@@ -107,12 +105,7 @@ class LowRank(Transform):
                 spectra[name] = found if loud else found / found.sum().clamp(min=1e-300)
 
         by_blocks(module, data, names, look)
-        missed = [name for name in names if name not in spectra]
-        if missed:
-            raise TransformError(
-                f"no calibration data reached {len(missed)} of {len(names)} layers ({', '.join(missed[:3])}); exclude them: "
-                f"targets: {{exclude: ['{missed[0]}']}}"
-            )
+        refuse_missed(names, spectra)
         return allotted({name: (spectra[name], *weight_of(module.get_submodule(name)).shape) for name in names}, self.ratio)
 
     def _loudness(self, module: nn.Module, names: list[str], data: Calibration | None) -> dict[str, Tensor]:
@@ -134,12 +127,7 @@ class LowRank(Transform):
             able: dict[str, nn.Module] = {type(module).__name__: module}
         else:
             refuse_hidden_weights(module, self.targets.exclude, "low_rank")
-            head = output_head(module)
-            able = {
-                name: layer
-                for name, layer in linear_layers(module).items()
-                if name != head and "weight" in layer._parameters and tied_embedding(module, layer) is None
-            }
+            able = inner_layers(module)
         names = list(able) if isinstance(module, nn.Linear) else self.targets.select(able, hidden_weights(module))
         unknown = [name for name in self.ranks if name not in names]
         if unknown:

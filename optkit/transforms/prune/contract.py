@@ -16,14 +16,12 @@ from optkit.core.targets import Targets
 from optkit.transforms.contract import Plan, Stage, Transform
 from optkit.transforms.layers import (
     hidden_weights,
+    inner_layers,
     is_on_meta,
-    linear_layers,
-    output_head,
     refuse_hidden_weights,
-    tied_embedding,
     weight_of,
 )
-from optkit.transforms.moments import Moments, by_blocks
+from optkit.transforms.moments import Moments, by_blocks, refuse_missed
 from optkit.transforms.prune.masks import Pattern
 
 _DEFAULT_SHARE = 0.5
@@ -72,12 +70,7 @@ class WeightPruning(Transform):
             chosen: dict[str, nn.Module] = {type(module).__name__: module}
         else:
             refuse_hidden_weights(module, self.targets.exclude, word)
-            head = output_head(module)
-            able = {
-                name: layer
-                for name, layer in linear_layers(module).items()
-                if name != head and "weight" in layer._parameters and tied_embedding(module, layer) is None
-            }
+            able = inner_layers(module)
             chosen = {name: able[name] for name in self.targets.select(able, hidden_weights(module))}
         if isinstance(self.keeps, Pattern):
             odd = {name: weight_of(layer).shape[1] for name, layer in chosen.items() if weight_of(layer).shape[1] % self.keeps.of}
@@ -124,12 +117,7 @@ class CalibratedPruning(WeightPruning):
                 reached.add(name)
 
         by_blocks(whole, data, names, work)
-        missed = [name for name in names if name not in reached]
-        if missed:
-            raise TransformError(
-                f"no calibration data reached {len(missed)} of {len(names)} layers ({', '.join(missed[:3])}); exclude them: "
-                f"targets: {{exclude: ['{missed[0]}']}}"
-            )
+        refuse_missed(names, reached)
         return module
 
     @abstractmethod
