@@ -21,6 +21,7 @@ from optkit.kernels.packed import Operands, PackedLinear, is_plain
 
 FEW_ROWS = 8
 _LANES = 16  # columns of one word of bits, and numbers that a kernel may read beyond the last value
+_STRIP = 1 << 20  # weights that are written out at once
 _HALF = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -200,14 +201,28 @@ def _multiply(struct: SparseStruct, input: Tensor, bias: Tensor | None, kind: to
     assert found is not None
     rows = input.numel() // max(1, struct.cols)
     if rows > FEW_ROWS:
-        dense = torch.empty(struct.rows, struct.cols, dtype=kind)
-        found.sparse_dense(ctypes.byref(struct), dense.data_ptr(), torch.get_num_threads())
-        return functional.linear(input, dense.to(input.dtype), None if bias is None else bias.to(input.dtype))
+        return _multiply_by_strips(found, struct, input, bias, kind)
     x = input.float().contiguous()
     output = torch.empty(*input.shape[:-1], struct.rows)
     place = None if bias is None else bias.data_ptr()
     found.sparse_few(ctypes.byref(struct), x.data_ptr(), place, output.data_ptr(), rows, torch.get_num_threads())
     return output.to(input.dtype)
+
+
+def _multiply_by_strips(found: Native, struct: SparseStruct, input: Tensor, bias: Tensor | None, kind: torch.dtype) -> Tensor:
+    """Write out as many rows of the weight as stay in the cache, multiply by them, and go on with the next."""
+    output = input.new_empty((*input.shape[:-1], struct.rows))
+    height = max(_LANES, _STRIP // struct.cols)
+    words = -(-struct.cols // _LANES)
+    strip = torch.empty(min(height, struct.rows), struct.cols, dtype=kind)
+    for start in range(0, struct.rows, height):
+        end = min(start + height, struct.rows)
+        part = SparseStruct(
+            struct.bits + start * words * 2, struct.values, struct.starts + start * 8, end - start, struct.cols, struct.half
+        )
+        found.sparse_dense(ctypes.byref(part), strip.data_ptr(), torch.get_num_threads())
+        output[..., start:end] = functional.linear(input, strip[: end - start].to(input.dtype))
+    return output if bias is None else output + bias.to(input.dtype)
 
 
 @torch.library.custom_op("optkit::sparse_linear", mutates_args=(), device_types="cpu")

@@ -55,8 +55,9 @@ def resize(module: nn.Module, sizes: Mapping[str, Any]) -> None:
 
 
 def _is_dense(layer: nn.Module) -> bool:
-    """Say whether a layer is one of PyTorch's own: packed layers tell their sizes themselves, and kinds of one's own cannot be guessed."""
-    return isinstance(layer, _KINDS) and type(layer).__module__.startswith("torch.nn.")
+    """Say whether a layer is one of PyTorch's own, or transformers' Conv1D: packed ones tell their sizes, and others cannot be guessed."""
+    place = type(layer).__module__
+    return (isinstance(layer, _KINDS) and place.startswith("torch.nn.")) or place == "transformers.pytorch_utils"
 
 
 def _numbers(layer: nn.Module) -> dict[str, int | list[int]]:

@@ -108,6 +108,14 @@ def test_what_is_not_finite_is_refused() -> None:
         SparseLinear.from_weight(torch.tensor([[1.0, float("nan")]]))
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_many_rows_go_strip_by_strip(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optkit.kernels.sparse._STRIP", 20 * 48)
+    weight, bias, x = weight_of(70, 48, 0.6, kind), torch.randn(70).to(kind), torch.randn(3, 11, 48)
+    exact = x.double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(SparseLinear.from_weight(weight, bias)(x).double(), exact, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
 def test_on_cuda_a_pattern_of_two_in_four_runs_on_the_units_for_it() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import optkit
 from optkit.core.errors import TransformError
 from optkit.core.subject import Calibration, Subject
 from optkit.transforms import Plan, PruneFfn, PruneHeads
@@ -204,3 +206,29 @@ def test_an_encoder_spread_over_modules_is_pruned_too(data: Calibration) -> None
     assert tuple(narrower.encoder.layer[1].output.dense.weight.shape) == (64, 64)
     with pytest.raises(TransformError, match="BertModel cannot have fewer groups of heads"):
         PruneHeads(ratio=0.5).apply(module, data)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_layers_may_keep_different_widths_and_open_again(
+    tiny_llama: Llama, logits: Logits, data: Calibration, tmp_path: Path, architecture: str
+) -> None:
+    if architecture == "gpt2":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        module: Any = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=64, n_layer=3, n_head=4, n_positions=64, n_inner=128)).eval()
+        readers = [block.mlp.c_proj for block in module.transformer.h]
+        readers[0].weight.data[32:] = 0
+    else:
+        module = tiny_llama()
+        readers = [layer_of(module, block, "mlp.down_proj") for block in range(3)]
+        readers[0].weight.data[:, 32:] = 0
+    before = logits(module)
+    step = PruneFfn(ratio=0.25, multiple=32, uniform=False, compensation="none")
+    pruned = step.apply(Subject(module, "tiny"), data)
+    widths = [layer.nx if architecture == "gpt2" else layer.in_features for layer in readers]
+    assert widths == [32, 128, 128]
+    assert near(logits(pruned.module), before)
+    assert pruned.opens_in == "optkit"
+    optkit.save(pruned, tmp_path / "saved")
+    again = optkit.load(tmp_path / "saved")
+    assert torch.equal(logits(again.module), logits(pruned.module))

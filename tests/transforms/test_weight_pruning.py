@@ -68,6 +68,16 @@ def test_wanda_takes_the_least_products_of_every_row_and_changes_nothing_else() 
     assert (scores.masked_fill(found != 0, 0).amax(1) <= scores.masked_fill(found == 0, 9).amin(1)).all()
 
 
+def test_wanda_within_a_layer_takes_the_least_products_of_all_rows() -> None:
+    weight, squares = torch.randn(9, 40), torch.rand(40)
+    found = wanda(weight, squares, 0.25, "layer")
+    scores = weight.abs() * squares.sqrt()
+    assert int((found == 0).sum()) == 90
+    assert scores[found == 0].max() <= scores[found != 0].min()
+    through = Wanda(sparsity=0.25, compare="layer").apply(linear_of(weight), Calibration(({"input": torch.diag(squares.sqrt())},)))
+    assert torch.equal(through.weight.detach() == 0, found == 0)
+
+
 def test_what_is_made_good_shows_in_the_outputs() -> None:
     x = torch.randn(600, 24) @ torch.randn(24, 96) * torch.logspace(-1, 1, 96) + 0.1 * torch.randn(600, 96)
     weight, gram = torch.randn(32, 96), x.T @ x / len(x)

@@ -144,8 +144,11 @@ def twin_of(module: nn.Module, write: Callable[[Any], None]) -> nn.Module:
 
 
 @torch.no_grad()
-def cut(module: nn.Module, write: Callable[[Any], None], kept: Mapping[Place, Tensor]) -> None:
-    """Keep these units of every place, in order, and make the module and its configuration say so."""
+def cut(module: nn.Module, write: Callable[[Any], None] | None, kept: Mapping[Place, Tensor]) -> None:
+    """Keep these units of every place, in order, and make the module and its configuration say so.
+
+    Without ``write`` there is no configuration that could: only the layers themselves tell their sizes then.
+    """
     for place, units in kept.items():
         layer = module.get_submodule(place.layer)
         old = layer.get_parameter(place.parameter)
@@ -155,12 +158,23 @@ def cut(module: nn.Module, write: Callable[[Any], None], kept: Mapping[Place, Te
             for key, parameter in owner._parameters.items():
                 if parameter is old:
                     owner._parameters[key] = shorter
+    if write is None:
+        for place in kept:
+            _tell_sizes(module.get_submodule(place.layer))
+        return
     twin = twin_of(module, write)
     write(_config(module))
     for name, layer in module.named_modules():
         for key, value in vars(twin.get_submodule(name)).items():
             if type(value) is int and type(vars(layer).get(key)) is int:
                 setattr(layer, key, value)
+
+
+def _tell_sizes(layer: nn.Module) -> None:
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, Conv1D):
+        layer.nx, layer.nf = layer.weight.shape
 
 
 @torch.no_grad()

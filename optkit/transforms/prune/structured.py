@@ -7,7 +7,7 @@ everywhere, and open in plain transformers.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -89,11 +89,12 @@ class StructuredPruning(Transform):
         if self.needs_data and (data is None or not data.batches):
             raise TransformError(f"{self.step().name} needs calibration data; give some, or use importance: magnitude, compensation: none")
         kept = self._silence(module, groups, data or Calibration(), width.units, count)
+        uniform = {len(units) for units in kept.values()} == {count}
         batch = _few(data) if data is not None and data.batches else some_tokens(module)
         with evaluating(module):
             before = answer_of(module, batch)
             self.about_to_cut(module, groups, width.units, count)
-            cut(module, lambda config: width.write(config, count), kept)
+            cut(module, (lambda config: width.write(config, count)) if uniform else None, kept)
             after = answer_of(module, batch)
         off = float((after.float() - before.float()).norm() / before.float().norm().clamp(min=1e-12))
         if not off <= _TOLERANCES.get(before.dtype, _LOW_TOLERANCE):
@@ -126,6 +127,16 @@ class StructuredPruning(Transform):
                 "prune another width"
             )
 
+    def counts(self, scores: Mapping[str, Tensor], count: int) -> dict[str, int]:
+        """Return how many units each group keeps, given the scores (units,) of all groups where not all keep as many."""
+        raise NotImplementedError
+
+    @property
+    def even(self) -> bool:
+        """Whether all groups keep as many units, so that the configuration can say so."""
+        return True
+
+    @torch.no_grad()
     def _silence(
         self, module: nn.Module, groups: Mapping[str, list[Place]], data: Calibration, units: int, count: int
     ) -> dict[Place, Tensor]:
@@ -134,30 +145,40 @@ class StructuredPruning(Transform):
         reader_of = {name: next(place for place in places if place.reads) for name, places in groups.items()}
         effects = taylor(module, data, reader_of.values(), units) if self.importance == "taylor" else {}
 
-        @torch.no_grad()
-        def work(moments: Mapping[str, Moments]) -> None:
-            for name, reader in reader_of.items():
-                if reader.layer not in moments and moments:
-                    continue
-                seen = moments.get(reader.layer)
-                if self.importance == "taylor":
-                    scores = effects[reader.layer]
-                elif self.importance == "magnitude" or seen is None:
-                    scores = magnitude(module, groups[name], units)
-                else:
-                    scores = activation(module, reader, seen, units)
-                order = scores.argsort(descending=True, stable=True)
-                stay, go = order[:count].sort().values, order[count:].sort().values
-                if seen is not None:
-                    self.make_good(module.get_submodule(reader.layer), reader.entries(stay), reader.entries(go), seen)
-                for place in groups[name]:
-                    silence(module, place, go)
-                    kept[place] = stay
+        def scores_of(name: str, seen: Moments | None) -> Tensor:
+            if self.importance == "taylor":
+                return effects[reader_of[name].layer]
+            if self.importance == "magnitude" or seen is None:
+                return magnitude(module, groups[name], units)
+            return activation(module, reader_of[name], seen, units)
 
-        if self.needs_data:
-            by_blocks(module, data, [reader.layer for reader in reader_of.values()], work)
-        else:
-            work({})
+        def over(act: Callable[[str, Moments | None], None]) -> None:
+            def work(moments: Mapping[str, Moments]) -> None:
+                for name, reader in reader_of.items():
+                    if reader.layer in moments or not self.needs_data:
+                        act(name, moments.get(reader.layer))
+
+            if self.needs_data:
+                by_blocks(module, data, [reader.layer for reader in reader_of.values()], work)
+            else:
+                work({})
+
+        found: dict[str, Tensor] = {}
+        if not self.even:
+            over(lambda name, seen: found.update({name: scores_of(name, seen)}))
+        counts = dict.fromkeys(groups, count) if self.even else self.counts(found, count)
+
+        def take(name: str, seen: Moments | None) -> None:
+            order = scores_of(name, seen).argsort(descending=True, stable=True)
+            stay, go = order[: counts[name]].sort().values, order[counts[name] :].sort().values
+            if seen is not None:
+                reader = reader_of[name]
+                self.make_good(module.get_submodule(reader.layer), reader.entries(stay), reader.entries(go), seen)
+            for place in groups[name]:
+                silence(module, place, go)
+                kept[place] = stay
+
+        over(take)
         missed = [name for name, places in groups.items() if places[0] not in kept]
         if missed:
             raise TransformError(f"no calibration data reached {len(missed)} of {len(groups)} groups of layers ({', '.join(missed[:3])})")

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from optkit.transforms.prune.contract import CalibratedPruning
-from optkit.transforms.prune.masks import Pattern, beyond_pattern, smallest_in_rows
+from optkit.transforms.prune.masks import Pattern, beyond_pattern, smallest, smallest_in_rows
 
 
 class Wanda(CalibratedPruning):
     """Pruning by weight times input norm, compared within each row (Sun et al. 2023, arXiv 2306.11695). Nothing is made good."""
 
+    compare: Literal["row", "layer"] = Field(
+        default="row", description="whether each row loses this share, as published, or the layer as a whole; a pattern holds within rows"
+    )
+
     def pruned(self, weight: Tensor, gram: Tensor) -> Tensor:
         """Return the weight with its zeros."""
-        return wanda(weight, gram.diagonal(), self.keeps)
+        return wanda(weight, gram.diagonal(), self.keeps, self.compare)
 
 
 @torch.no_grad()
-def wanda(weight: Tensor, squares: Tensor, keeps: Pattern | float) -> Tensor:
+def wanda(weight: Tensor, squares: Tensor, keeps: Pattern | float, compare: Literal["row", "layer"] = "row") -> Tensor:
     """Return weight (out, in) without those of the least |w| times the root mean square of its input.
 
     Args:
         weight: (out, in), floats.
         squares: (in,), the mean squares of the inputs.
-        keeps: the share of every row that goes, or the pattern of what stays.
+        keeps: the share of every row that goes, or of the whole weight; or the pattern of what stays.
+        compare: with a share, whether scores are compared within each row or within the whole weight.
     """
     scores = weight.abs().float() * squares.float().clamp(min=0).sqrt()
-    doomed = beyond_pattern(scores, keeps) if isinstance(keeps, Pattern) else smallest_in_rows(scores, keeps)
+    if isinstance(keeps, Pattern):
+        doomed = beyond_pattern(scores, keeps)
+    else:
+        doomed = smallest_in_rows(scores, keeps) if compare == "row" else smallest(scores, keeps)
     return weight.masked_fill(doomed, 0)
