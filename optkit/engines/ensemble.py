@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from optkit.engines.eager import cache_name
+
+
+@dataclass
+class Answers(ModelOutput):  # type: ignore[misc]
+    """Logits (b, t, v), and the members' caches where they are used."""
+
+    logits: Tensor | None = None
+    past_key_values: list[Any] | None = None
 
 
 class Members(nn.Module):
@@ -31,7 +40,7 @@ class Members(nn.Module):
 
     def forward(
         self, input_ids: Tensor, use_cache: bool = False, past_key_values: Any = None, logits_to_keep: int = 0, **rest: Any
-    ) -> CausalLMOutputWithPast:
+    ) -> Answers:
         """Return the mean logits (b, t, v) of (b, t) ids, and the members' caches where they are used."""
         caches = past_key_values or [None] * len(self.members)
         logits, kept = [], []
@@ -41,4 +50,4 @@ class Members(nn.Module):
             output = member(input_ids=input_ids, use_cache=use_cache, **{name: cache}, **keep, **rest)
             logits.append(output.logits[:, -logits_to_keep:] if logits_to_keep else output.logits)
             kept.append(output[name] if use_cache else None)
-        return CausalLMOutputWithPast(logits=torch.stack(logits).mean(0), past_key_values=kept if use_cache else None)
+        return Answers(logits=torch.stack(logits).mean(0), past_key_values=kept if use_cache else None)
