@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from optkit.engines.eager import cache_name
 
 
-@dataclass
-class Answers(ModelOutput):  # type: ignore[misc]
-    """Logits (b, t, v), and the members' caches where they are used."""
+class Answers(dict[str, Any]):
+    """Logits (b, t, v), and the members' caches where they are used; by key, and the logits by attribute too."""
 
-    logits: Tensor | None = None
-    past_key_values: list[Any] | None = None
+    @property
+    def logits(self) -> Tensor:
+        """The logits (b, t, v)."""
+        found: Tensor = self["logits"]
+        return found
 
 
 class Members(nn.Module):
