@@ -219,5 +219,7 @@ def _kernels(module: torch.nn.Module, device: torch.device) -> str | None:
         how = "int4 by tinygemm where inputs are bfloat16 and the sizes fit; all else is turned into floats at every call unless compiled"
         return f"{torch.cuda.get_device_name(device)}: {how}"
     from optkit.kernels.native import explain
+    from optkit.kernels.sparse import SparseLinear, explain_sparse
 
-    return explain()
+    sparse = any(isinstance(layer, SparseLinear) for layer in module.modules())
+    return f"{explain()}; {explain_sparse()}" if sparse else explain()

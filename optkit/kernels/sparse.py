@@ -188,6 +188,13 @@ class SparseLinear(PackedLinear):
         raise TransformError("a sparse layer has no operands of the packed kernels")
 
 
+def explain_sparse() -> str:
+    """Return how sparse layers run on this machine's processor, for a report."""
+    if _has_kernel(native()):
+        return f"sparse layers skip their zeros for at most {FEW_ROWS} rows of input, and are written out densely for more"
+    return "sparse layers are written out densely, so their speed is simulated: no AVX-512 kernel runs here"
+
+
 _ONES = torch.tensor([bin(byte).count("1") for byte in range(256)])
 
 

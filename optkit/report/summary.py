@@ -141,7 +141,9 @@ def _steps(report: Report) -> tuple[Block, ...]:
             ratio = entry.ratio if entry else None
             exact = family_of(metric, report.arms[name].metrics[metric].unit if metric in report.arms[name].metrics else "") == "size"
             shown = number(ratio) if exact or entry is None else interval(ratio, entry.low, entry.high)
-            cells += [shown, number(ratio / before[metric]) if ratio and before[metric] else NO_VERDICT]
+            idle = metric == speed and report.arms[name].execution == "simulated"
+            share = number(ratio / before[metric]) if ratio and before[metric] else NO_VERDICT
+            cells += [shown, "simulated" if idle else share]
             before[metric] = ratio or before[metric]
         steps = report.arms[name].history
         rows.append((plain(steps[-1].name, 20) if steps else name, *cells))

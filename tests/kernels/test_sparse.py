@@ -14,7 +14,7 @@ import optkit
 from optkit.core.errors import TransformError
 from optkit.kernels import native
 from optkit.kernels.packed import prepare_layers
-from optkit.kernels.sparse import SparseLinear, compress, expand
+from optkit.kernels.sparse import SparseLinear, compress, expand, explain_sparse
 
 SHAPES = [(1, 1), (3, 16), (5, 17), (16, 31), (33, 64), (7, 257), (130, 96), (64, 1000)]
 
@@ -55,6 +55,13 @@ def test_products_are_those_of_float64(backend: str, kind: torch.dtype, m: int, 
         half = layer(x.bfloat16())
         assert half.dtype == torch.bfloat16
         assert (half.double() - exact).abs().max() <= 0.05 * (1 + exact.abs().max())
+
+
+def test_without_the_kernel_it_is_told_that_the_speed_is_simulated(backend: str) -> None:
+    native.forget()
+    kernel = native.backend() in native.LADDER[1:]
+    assert ("simulated" in explain_sparse()) is not kernel
+    assert backend == "auto" or not kernel
 
 
 def test_inputs_that_are_not_in_a_row_are_read_right() -> None:

@@ -158,5 +158,14 @@ def test_a_row_for_each_step_tells_what_it_has_come_to_and_what_it_did_itself(ma
     assert "drop_layers" in drawn(made) and "| int4" in to_markdown(made)
 
 
+def test_the_row_of_a_simulated_step_says_so(make_report):
+    made = make_report(steps=("magnitude", "sparse"), others=("step-1",))
+    step = StepRecord(name="magnitude", settings={}, execution="simulated", opens_in="transformers")
+    first = made.arms["step-1"].model_copy(update={"history": (step,), "execution": "simulated"})
+    (steps,) = summarize(made.model_copy(update={"arms": {**made.arms, "step-1": first}})).blocks
+    assert steps.rows[0][4] == "simulated"
+    assert steps.rows[1][4] != "simulated"
+
+
 def test_a_recipe_of_one_step_needs_no_such_rows(make_report):
     assert all(block.headers[0] == "other arms" for block in summarize(make_report()).blocks)

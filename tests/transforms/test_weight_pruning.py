@@ -78,6 +78,11 @@ def test_wanda_within_a_layer_takes_the_least_products_of_all_rows() -> None:
     assert torch.equal(through.weight.detach() == 0, found == 0)
 
 
+def test_wanda_refuses_to_compare_over_a_layer_what_a_pattern_holds_within_rows() -> None:
+    with pytest.raises(ValidationError, match="a pattern holds within each row"):
+        Wanda(pattern="2:4", compare="layer")
+
+
 def test_what_is_made_good_shows_in_the_outputs() -> None:
     x = torch.randn(600, 24) @ torch.randn(24, 96) * torch.logspace(-1, 1, 96) + 0.1 * torch.randn(600, 96)
     weight, gram = torch.randn(32, 96), x.T @ x / len(x)

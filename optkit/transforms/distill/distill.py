@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from optkit.core.errors import TransformError
-from optkit.core.subject import Calibration, Execution, Subject
+from optkit.core.subject import Calibration, Execution, Step, Subject
 from optkit.transforms.contract import Plan, Stage
 from optkit.transforms.distill.losses import Distillation
 from optkit.transforms.prune.gradual import GradualPruning
@@ -38,6 +38,10 @@ class Distill(TrainingTransform):
     attention: Weight = Field(default=0.0, description="weight of the divergence of where the heads look")
     next_token: Weight = Field(default=0.0, description="weight of the next token of the text itself")
     gradual: GradualPruning | None = Field(default=None, description="zeros that grow in number while the rest learns")
+
+    def step(self) -> Step:
+        """Return the step; zeros that nothing skips are a simulation, here as by any other pruning."""
+        return super().step() if self.gradual is None else replace(super().step(), execution="simulated")
 
     def check(self, plan: Plan) -> None:
         """Refuse random weights, and a course that would learn nothing."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from optkit.transforms.prune.contract import CalibratedPruning
@@ -16,8 +16,14 @@ class Wanda(CalibratedPruning):
     """Pruning by weight times input norm, compared within each row (Sun et al. 2023, arXiv 2306.11695). Nothing is made good."""
 
     compare: Literal["row", "layer"] = Field(
-        default="row", description="whether each row loses this share, as published, or the layer as a whole; a pattern holds within rows"
+        default="row", description="whether each row loses this share, as published, or the layer as a whole"
     )
+
+    @model_validator(mode="after")
+    def _pattern_is_within_rows(self) -> Self:
+        if self.pattern is not None and self.compare == "layer":
+            raise ValueError("a pattern holds within each row, so there is no comparison over the layer; leave out compare")
+        return self
 
     def pruned(self, weight: Tensor, gram: Tensor) -> Tensor:
         """Return the weight with its zeros."""
