@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-Execution = Literal["real", "simulated"]
+Execution = Literal["real", "simulated", "neutral"]  # neutral: it claims no gain in speed or size
 Kind = Literal["causal-lm", "module"]
 
 
@@ -40,10 +40,10 @@ class Subject:
     history: tuple[Step, ...] = ()
 
     @property
-    def execution(self) -> Execution:
-        """``simulated`` where no step runs by a kernel that profits from it, though some claims a gain; else ``real``."""
+    def execution(self) -> Literal["real", "simulated"]:
+        """``simulated`` where some step claims a gain and no step has a kernel that profits; else ``real``."""
         kinds = {step.execution for step in self.history}
-        return "simulated" if kinds == {"simulated"} else "real"
+        return "simulated" if "simulated" in kinds and "real" not in kinds else "real"
 
     @property
     def opens_in(self) -> Literal["transformers", "optkit"]:

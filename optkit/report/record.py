@@ -96,7 +96,7 @@ class StepRecord(Record):
 
     name: str
     settings: Json
-    execution: Literal["real", "simulated"]
+    execution: Literal["real", "simulated", "neutral"]
     opens_in: str
 
 

@@ -95,6 +95,12 @@ def test_what_was_pruned_stays_pruned_and_dtypes_come_back(subject: Subjects) ->
     assert {parameter.dtype for parameter in healed.parameters()} == {torch.bfloat16}
 
 
+def test_learning_makes_no_simulated_speed_real(subject: Subjects) -> None:
+    healed = Distill(steps=1).apply(Magnitude(sparsity=0.5).apply(subject()), Calibration(tokens(1)))
+    assert [step.execution for step in healed.history] == ["simulated", "neutral"]
+    assert healed.execution == "simulated"
+
+
 def test_zeros_grow_while_it_learns_where_a_recipe_says_so(subject: Subjects) -> None:
     whole = Distill(steps=20, gradual=GradualPruning(sparsity=0.5, every=2)).apply(subject(), Calibration(tokens()))
     assert whole.execution == "simulated"  # as long as nothing skips them

@@ -16,6 +16,8 @@ from optkit.kernels.int4 import Int4Linear
 from optkit.kernels.low_rank import LowRankLinear
 from optkit.transforms import Int4, LowRank, Plan
 from optkit.transforms.factorize.svd import allotted, rank_within, truncated
+from optkit.transforms.layers import inner_layers
+from optkit.transforms.prune.importance import loudness
 
 Subjects = Callable[..., Subject]
 Logits = Callable[[nn.Module], Tensor]
@@ -56,6 +58,30 @@ def test_outputs_that_the_loss_hears_are_kept_better() -> None:
     best = torch.linalg.svdvals(loud.double().sqrt()[:, None] * weight.double() @ torch.linalg.cholesky(gram.double()))[9:].square().sum()
     assert errors[1] < 0.2 * errors[0]
     assert errors[1] == pytest.approx(float(best), rel=0.01)
+
+
+def test_errors_that_cancel_for_the_loss_are_let_be() -> None:
+    weight, x, g = torch.randn(30, 40), torch.randn(300, 40), torch.randn(300, 30) @ torch.randn(30, 30)
+    gram, loud = (x.T @ x / 300).double(), (g.T @ g / 300).double()
+
+    def heard(loud_as: torch.Tensor) -> float:
+        down, up = truncated(weight, 9, gram, loud_as)
+        wrong = (up @ down - weight).double()
+        return float((loud @ wrong @ gram @ wrong.T).trace())
+
+    best = torch.linalg.svdvals(torch.linalg.cholesky(loud).T @ weight.double() @ torch.linalg.cholesky(gram))[9:].square().sum()
+    assert heard(loud) == pytest.approx(float(best), rel=0.05)
+    assert heard(loud) < 0.9 * heard(loud.diagonal())
+
+
+def test_the_widest_layers_have_the_diagonal_alone_where_memory_is_short(subject: Subjects, data: Calibration) -> None:
+    module = subject().module
+    names = [name for name in inner_layers(module)]
+    whole, short = loudness(module, data, names), loudness(module, data, names, most_bytes=4 * 70**2)
+    assert {tensor.ndim for tensor in whole.values()} == {2}
+    assert {tensor.ndim for tensor in short.values()} == {1, 2}
+    for name, tensor in short.items():
+        torch.testing.assert_close(tensor, whole[name] if tensor.ndim == 2 else whole[name].diagonal())
 
 
 def test_inputs_that_span_few_directions_are_kept_whole() -> None:

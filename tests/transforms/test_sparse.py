@@ -51,6 +51,11 @@ def test_only_layers_with_enough_zeros_change(subject: Subjects) -> None:
     assert kinds["down_proj"] is nn.Linear
 
 
+def test_a_step_whose_zeros_are_multiplied_elsewhere_stays_simulated(subject: Subjects) -> None:
+    sparse = Sparse(targets=Targets(include=("*up_proj",))).apply(Magnitude(sparsity=0.5).apply(subject()))
+    assert [step.execution for step in sparse.history] == ["simulated", "real"]
+
+
 def test_without_zeros_there_is_nothing_to_do(subject: Subjects) -> None:
     with pytest.raises(TransformError, match=r"no layer has 30% zeros; .* has most, 0%: prune first"):
         Sparse().apply(subject())

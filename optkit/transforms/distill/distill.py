@@ -26,7 +26,7 @@ class Distill(TrainingTransform):
 
     stage: ClassVar[Stage] = Stage.DISTILL
     opens_in: ClassVar[Literal["transformers", "optkit"]] = "transformers"
-    execution: ClassVar[Execution] = "real"
+    execution: ClassVar[Execution] = "neutral"
     teacher: str | None = Field(
         default=None,
         max_length=1000,

@@ -27,7 +27,7 @@ from optkit.transforms.layers import (
 from optkit.transforms.moments import Moments, by_blocks, refuse_missed
 from optkit.transforms.prune.importance import loudness, predicts_tokens
 
-_HEARD = 4  # batches from which the loss's gradients are known well enough
+_HEARD = 8  # batches from which the loss's gradients are known well enough
 
 
 class LowRank(Transform):
@@ -52,6 +52,11 @@ class LowRank(Transform):
     def needs_data(self) -> bool:
         """The plain method looks at weights alone."""
         return self.method == "whitened"
+
+    @property
+    def data_items(self) -> int:
+        """Three times the usual: moments of wide layers have many entries to be known."""
+        return 96
 
     def decide(self, module: nn.Module, data: Calibration | None) -> Self:
         """Return the transform with the ranks that the data has found."""

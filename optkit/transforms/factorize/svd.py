@@ -18,7 +18,7 @@ def energies(weight: Tensor, gram: Tensor, loud: Tensor | None = None) -> Tensor
 
     They say what each direction adds to the mean square of the outputs, weighted by ``loud`` where it is given.
     """
-    exact = _weighted(weight, loud)
+    exact = _weighted(weight, None if loud is None else _root(loud))
     squares: Tensor = torch.linalg.eigvalsh(exact @ gram.double() @ exact.T)
     return squares.flip(0).clamp(min=0)
 
@@ -56,29 +56,39 @@ def allotted(layers: Mapping[str, tuple[Tensor, int, int]], ratio: float) -> dic
 def truncated(weight: Tensor, rank: int, gram: Tensor | None = None, loud: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return factors (rank, in) and (out, rank) of the nearest matrix of that rank to a weight (out, in).
 
-    The law: with gram = L L^T, R = diag(loud)^(1/2) and the singular value decomposition R W L = U S V^T, the product of R^-1 U_r and
-    U_r^T R W has the least error ||R (W' - W) L||: that of the outputs (SVD-LLM: Wang et al. 2024, arXiv 2403.07378), each weighted by how
-    much the loss hears of it. No inverse of L is needed, so a gram that is not of full rank does no harm. Without a gram, L is the
-    identity, and the error is that of the weights.
+    The law: with gram = L L^T, loud = R^T R and the singular value decomposition R W L = U S V^T, the product of R^-1 U_r and U_r^T R W
+    has the least error ||R (W' - W) L||: that of the outputs (SVD-LLM: Wang et al. 2024, arXiv 2403.07378), weighted by how much the loss
+    hears of it, in second order and with the inputs and the gradients taken as independent (K-FAC: Martens and Grosse 2015, arXiv
+    1503.05671). No inverse of L is needed, so a gram that is not of full rank does no harm. Without a gram, L is the identity, and the
+    error is that of the weights.
 
     Args:
         weight: (out, in), floats.
         rank: of the product.
         gram: (in, in), the mean of x x^T over the calibration inputs.
-        loud: (out,), the mean square of dL/dy; None: all alike.
+        loud: (out, out), the mean of g g^T over the gradients g = dL/dy of the outputs, or (out,), its diagonal; None: all alike.
     """
-    exact = _weighted(weight, loud)
+    root = None if loud is None else _root(loud)
+    exact = _weighted(weight, root)
     squared = exact @ exact.T if gram is None else exact @ gram.double() @ exact.T  # U S^2 U^T
     left = torch.linalg.eigh(squared).eigenvectors[:, -rank:]
-    up = left if loud is None else left / _root(loud)[:, None]
+    up = left
+    if root is not None:
+        up = left / root[:, None] if root.ndim == 1 else torch.linalg.solve_triangular(root, left, upper=True)
     return (left.T @ exact).to(weight.dtype).contiguous(), up.to(weight.dtype).contiguous()
 
 
-def _weighted(weight: Tensor, loud: Tensor | None) -> Tensor:
-    return weight.double() if loud is None else _root(loud)[:, None] * weight.double()
+def _weighted(weight: Tensor, root: Tensor | None) -> Tensor:
+    if root is None:
+        return weight.double()
+    return root[:, None] * weight.double() if root.ndim == 1 else root @ weight.double()
 
 
 def _root(loud: Tensor) -> Tensor:
-    """Return the roots, a little more than 0 where the loss has heard nothing."""
+    """Return R, upper triangular or a diagonal; a little more than 0 where the loss has heard nothing."""
     exact = loud.double()
-    return (exact + 1e-4 * exact.mean() + 1e-30).sqrt()
+    if exact.ndim == 1:
+        return (exact + 1e-4 * exact.mean() + 1e-30).sqrt()
+    exact = exact + torch.eye(len(exact), dtype=exact.dtype) * (3e-3 * exact.diagonal().mean() + 1e-30)
+    root: Tensor = torch.linalg.cholesky(exact, upper=True)
+    return root

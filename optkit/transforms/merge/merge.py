@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from optkit.core.errors import TransformError
-from optkit.core.subject import Calibration, Subject
+from optkit.core.subject import Calibration, Execution, Subject
 from optkit.transforms.contract import Plan, Stage, Transform
 from optkit.transforms.distill.losses import next_token_loss
 from optkit.transforms.layers import is_on_meta
@@ -26,6 +26,7 @@ class Merge(Transform):
 
     stage: ClassVar[Stage] = Stage.MERGE
     opens_in: ClassVar[Literal["transformers", "optkit"]] = "transformers"
+    execution: ClassVar[Execution] = "neutral"
     models: tuple[Spec, ...] = Field(min_length=1, max_length=64, description="the others: folders, or names of the Hub")
     method: Literal["average", "greedy", "slerp", "task_arithmetic"] = Field(
         default="average",

@@ -76,28 +76,32 @@ def taylor(module: nn.Module, data: Calibration, readers: Iterable[Place], units
     return found
 
 
-def loudness(module: nn.Module, data: Calibration, layers: Iterable[str]) -> dict[str, Tensor]:
-    """Return by layer the mean square of dL/dy for each of its outputs y (out,): how much the loss hears of an error there.
+def loudness(module: nn.Module, data: Calibration, layers: Iterable[str], most_bytes: int = 2**31) -> dict[str, Tensor]:
+    """Return by layer the mean of g g^T for the gradients g = dL/dy of its outputs (out, out): how much the loss hears of an error there.
+
+    Where all of them would take more than ``most_bytes``, the widest layers get the diagonal alone (out,).
 
     Raises:
         TransformError: the model predicts no next token.
     """
     found: dict[str, Tensor] = {}
+    whole = _whole(module, layers, most_bytes)
     positions = 0
     asking = {parameter: parameter.requires_grad for parameter in module.parameters()}
 
     def hook(name: str) -> Any:
         def listen(layer: nn.Module, _: Any, output: Tensor) -> Tensor:
             def hear(gradient: Tensor) -> None:
-                squares = gradient.detach().float().square().flatten(0, -2).sum(0)
-                found[name] = found[name] + squares if name in found else squares
+                flat = gradient.detach().float().flatten(0, -2)
+                squares = flat.T @ flat if whole[name] else flat.square().sum(0)
+                found[name] = found[name].add_(squares) if name in found else squares
 
             output.register_hook(hear)
             return output
 
         return listen
 
-    handles = [module.get_submodule(name).register_forward_hook(hook(name)) for name in layers]
+    handles = [module.get_submodule(name).register_forward_hook(hook(name)) for name in whole]
     try:
         for number, parameter in enumerate(asking):
             parameter.requires_grad_(number == 0 or parameter.ndim == 1)  # enough for every output to have a gradient
@@ -113,7 +117,17 @@ def loudness(module: nn.Module, data: Calibration, layers: Iterable[str]) -> dic
             handle.remove()
         for parameter, asked in asking.items():
             parameter.requires_grad_(asked)
-    return {name: squares / max(1, positions) for name, squares in found.items()}
+    return {name: squares.div_(max(1, positions)) for name, squares in found.items()}
+
+
+def _whole(module: nn.Module, layers: Iterable[str], most_bytes: int) -> dict[str, bool]:
+    """Say for each layer whether the moments of its outputs fit beside those of all narrower ones."""
+    widths = {name: weight_of(module.get_submodule(name)).shape[0] for name in layers}
+    chosen, used = {}, 0
+    for name, width in sorted(widths.items(), key=lambda item: item[1]):
+        used += 4 * width**2
+        chosen[name] = used <= most_bytes
+    return chosen
 
 
 def predicts_tokens(module: nn.Module, data: Calibration) -> bool:

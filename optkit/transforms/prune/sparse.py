@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, ClassVar, overload
 
@@ -39,15 +40,19 @@ class Sparse(Transform):
     @overload
     def apply(self, model: nn.Module, data: Calibration | None = None) -> nn.Module: ...
     def apply(self, model: Subject | nn.Module, data: Calibration | None = None) -> Subject | nn.Module:
-        """Return the model with sparse layers; in a subject's history, steps that made the zeros are simulated no more.
+        """Return the model with sparse layers. In a subject's history, steps that made zeros are simulated no more, unless layers outside
+        of the targets are still full of them.
 
         Raises:
             TransformError: no layer has enough zeros.
         """
         if isinstance(model, nn.Module):
             return self.change(model, data)
-        before = tuple(replace(step, execution="real") for step in model.history)
-        return replace(model, module=self.change(model.module, data), history=(*before, self.step()))
+        module = self.change(model.module, data)
+        before = model.history
+        if not is_on_meta(module) and not self._left(module):
+            before = tuple(replace(step, execution="real") if step.execution == "simulated" else step for step in before)
+        return replace(model, module=module, history=(*before, self.step()))
 
     def change(self, module: nn.Module, data: Calibration | None) -> nn.Module:
         """Return the module with sparse layers where there are enough zeros.
@@ -58,7 +63,7 @@ class Sparse(Transform):
         layers = self._layers(module)
         if is_on_meta(module):
             return module
-        shares = {name: float((weight_of(layer) == 0).float().mean()) for name, layer in layers.items()}
+        shares = _shares(layers)
         chosen = [name for name, share in shares.items() if share >= self.least]
         if not chosen:
             name, share = max(shares.items(), key=lambda item: item[1])
@@ -71,6 +76,11 @@ class Sparse(Transform):
             replace_layer(module, name, _sparse(layers[name]))
         return module
 
+    def _left(self, module: nn.Module) -> list[str]:
+        """Return the layers that keep as many zeros as others are stored sparse for."""
+        dense = {name: layer for name, layer in linear_layers(module).items() if isinstance(layer._parameters.get("weight"), nn.Parameter)}
+        return [name for name, share in _shares(dense).items() if share >= self.least]
+
     def _layers(self, module: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, nn.Linear):
             return {type(module).__name__: module}
@@ -80,6 +90,11 @@ class Sparse(Transform):
             if "weight" in layer._parameters and tied_embedding(module, layer) is None
         }
         return {name: able[name] for name in self.targets.select(able, hidden_weights(module))}
+
+
+def _shares(layers: Mapping[str, nn.Module]) -> dict[str, float]:
+    """Return the share of zeros by layer."""
+    return {name: float((weight_of(layer) == 0).float().mean()) for name, layer in layers.items()}
 
 
 def _sparse(layer: nn.Module) -> SparseLinear:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from optkit.core.errors import TransformError
-from optkit.core.subject import Calibration
+from optkit.core.subject import Calibration, Execution
 from optkit.core.targets import Targets
 from optkit.transforms.contract import Plan, Stage, Transform
 from optkit.transforms.layers import hidden_weights, is_on_meta, weight_of
@@ -29,6 +29,7 @@ class Smoothquant(Transform):
     """
 
     stage: ClassVar[Stage] = Stage.QUANTIZE
+    execution: ClassVar[Execution] = "neutral"
     opens_in: ClassVar[Literal["transformers", "optkit"]] = "transformers"
     alpha: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.5, description="how much of the activations' range moves into the weights; 0 evens out the weights alone"
