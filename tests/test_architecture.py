@@ -35,7 +35,8 @@ CODE_CARRIERS = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 WRITE_ELSEWHERE = {
     "cli/__init__.py": "the null device, where the caller has closed our output",
     "core/files.py": "the door itself",
-    "harness/processes.py": "the log of a child, which is no result",
+    "harness/members.py": "the log of a child, which is no result",
+    "harness/worker.py": "where it hangs, for its parent to read; no result",
     "kernels/build.py": "a cache that can be built again",
     "measure/memory.py": "a switch of the kernel under /proc",
     "models/reference/corpus.py": "training data, made again by one command",

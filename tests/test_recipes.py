@@ -18,6 +18,7 @@ import optkit
 from optkit.core import files
 from optkit.harness import stages
 from optkit.harness.arm import Arm
+from optkit.harness.hosts import HERE, Hosts
 from optkit.harness.processes import Tell, Workers
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -35,6 +36,7 @@ QUICKER = {
     "gradual50": ("transforms.0.distill.steps=2",),
     "prune_heads50": ("transforms.1.distill.steps=2",),
     "pruned25": ("transforms.2.distill.steps=2",),
+    "low_rank20": ("transforms.0.low_rank.targets={include: ['*.layers.0.*']}",),
     "composed": ("transforms.2.distill.steps=2",),
 }
 TEXTS = "optkit/harness/*.py"  # a small corpus: that of the standard library takes every process some seconds
@@ -83,7 +85,7 @@ class WorkersHere:
         torch.compiler.reset()
 
 
-def workers(name: str, threads: int, folder: Path, ranks: int = 1) -> Workers | WorkersHere:
+def workers(name: str, threads: int, folder: Path, ranks: int = 1, hosts: Hosts = HERE) -> Workers | WorkersHere:
     """Return an arm of this process; ranks, which must meet, are processes all the same."""
     return Workers(name, threads, folder, ranks) if ranks > 1 else WorkersHere(name, threads)
 

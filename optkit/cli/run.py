@@ -27,8 +27,13 @@ def run_command(
 ) -> None:
     """Apply a recipe to its model, measure before and after, and print one table."""
     from optkit.cli.progress import shown
-    from optkit.harness.run import run
+    from optkit.harness.joining import world
+    from optkit.harness.run import lend, run
 
+    place = world()
+    if place is not None and place.rank > 0:
+        with shown() as progress:
+            raise typer.Exit(lend(recipe, tuple(overrides or ()), quick, progress))
     with shown() as progress:
         report = run(
             recipe,

@@ -9,6 +9,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from optkit.core.group import ALONE as GROUP_OF_ONE
+from optkit.core.group import Group
+from optkit.core.mesh import ALONE, Mesh
+
 Execution = Literal["real", "simulated", "neutral"]  # neutral: it claims no gain in speed or size
 Kind = Literal["causal-lm", "module"]
 
@@ -28,7 +32,7 @@ class Subject:
     """A model on its way through a recipe. Transforms return a new one with a longer history.
 
     ``kind`` says which engine fits: a causal language model generates, a plain module only runs forward. ``trained`` is False
-    for random weights: quality is then withheld. ``replicas`` is the number of processes that serve it together.
+    for random weights: quality is then withheld. ``mesh`` says how many processes serve it together, and in which roles.
     """
 
     module: nn.Module
@@ -36,7 +40,7 @@ class Subject:
     kind: Kind = "causal-lm"
     tokenizer: Any = None
     trained: bool = True
-    replicas: int = 1
+    mesh: Mesh = ALONE
     history: tuple[Step, ...] = ()
 
     @property
@@ -57,11 +61,12 @@ class Calibration:
 
     ``untouched`` opens the model as it was before the first transform, for those that compare with it; None where nobody has kept it.
     ``open_model`` opens another model by the words of a recipe. ``checkpoints`` is a folder where a long transform may keep its state,
-    to go on from it after an interruption. ``tell`` hears how far it has come.
+    to go on from it after an interruption. ``group`` are the processes that train together. ``tell`` hears how far it has come.
     """
 
     batches: tuple[Mapping[str, Tensor], ...] = field(default=())
     untouched: Callable[[], nn.Module] | None = None
     open_model: Callable[[str], nn.Module] | None = None
     checkpoints: Path | None = None
+    group: Group = GROUP_OF_ONE
     tell: Callable[[str], None] = lambda text: None

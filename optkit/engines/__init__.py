@@ -3,35 +3,65 @@
 from __future__ import annotations
 
 from optkit.core.errors import TransformError
+from optkit.core.mesh import Mesh
 from optkit.core.subject import Subject
 from optkit.engines.compiled import CompiledEngine, CompiledForward
 from optkit.engines.contract import Engine, ForwardEngine
 from optkit.engines.eager import EagerEngine, EagerForward
 from optkit.engines.kv_cache import KvCacheEngine
 from optkit.engines.native import NativeEngine, refusal
+from optkit.engines.parallel.part import Part
+from optkit.engines.pipelined import PipelineEngine
 
 
-def engine_for(subject: Subject) -> Engine | ForwardEngine:
+def engine_for(subject: Subject, part: Part | None = None) -> Engine | ForwardEngine:
     """Return an engine that can execute the subject: its own forward, unless its history has a ``compile`` or a ``kv_cache``.
 
+    Args:
+        subject: what is executed, or one part of it.
+        part: which part, where several processes hold it together.
+
     Raises:
-        TransformError: it has both, and the native step cannot run them.
+        TransformError: it has both, and the native step cannot run them; or it is a part, and no engine runs it so.
     """
     backend = next((step.settings["backend"] for step in subject.history if step.name == "compile"), None)
     cache = next((step.settings for step in subject.history if step.name == "kv_cache"), None)
+    reason = refusal_of_parts(subject, part.mesh) if part is not None else None
+    if reason is not None:
+        raise TransformError(reason)
+    if part is not None and part.mesh.pipeline > 1:
+        return PipelineEngine(subject.module, part)
     if subject.kind != "causal-lm":
         return EagerForward(subject.module) if backend is None else CompiledForward(subject.module)
     if backend is None:
         return EagerEngine(subject.module) if cache is None else KvCacheEngine(subject.module, **cache)
-    if backend == "native" or (backend == "auto" and refusal(subject.module) is None):
-        return NativeEngine(subject.module, cache)
+    if backend == "native" or (backend == "auto" and refusal(subject.module, part=part) is None):
+        return NativeEngine(subject.module, cache, part)
+    if part is not None:
+        raise TransformError(f"compiled steps cannot run on shards: {refusal(subject.module, part=part)}; leave out compile")
     if cache is not None:
         raise TransformError("graphs of torch.compile keep their own cache of floats; leave out compile or kv_cache")
     return CompiledEngine(subject.module)
 
 
+def refusal_of_parts(subject: Subject, mesh: Mesh) -> str | None:
+    """Return why no engine runs the parts of a subject in these roles, or None where one does."""
+    names = {step.name for step in subject.history}
+    backend = next((step.settings["backend"] for step in subject.history if step.name == "compile"), None)
+    if mesh.tensor > 1 and backend is not None:
+        reason = "no graph of torch.compile has sums over processes" if backend == "inductor" else refusal(subject.module)
+        if reason is not None:
+            return f"compiled steps cannot run on shards: {reason}; leave out compile"
+    if mesh.pipeline > 1 and names & {"compile", "kv_cache"}:
+        return f"stages run the model's own forward with its own cache; leave out {' and '.join(sorted(names & {'compile', 'kv_cache'}))}"
+    return None
+
+
 def told(engine: Engine | ForwardEngine) -> str | None:
     """Return how the engine executes, for a report; None for the model's own forward."""
+    if isinstance(engine, PipelineEngine):
+        counts = " and ".join(map(str, engine.part.stages)) or "as many"
+        return f"stages of {counts} blocks, {engine.part.micro_batches} micro-batches, by the model's own forward"
     if isinstance(engine, NativeEngine):
         kept = f", keys and values in {engine.cache_bits} bits" if engine.cache_bits else ""
         return f"steps of one token in one call of optkit's kernels, in float32{kept}; prompts by the model's own forward"
@@ -54,6 +84,8 @@ __all__ = [
     "ForwardEngine",
     "KvCacheEngine",
     "NativeEngine",
+    "PipelineEngine",
     "engine_for",
+    "refusal_of_parts",
     "told",
 ]

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from optkit.core.device import place_of
 from optkit.engines.eager import at, at_host, cache_name
+from optkit.engines.greedy import Greedy
 from optkit.engines.held import held_bytes
 from optkit.kernels.packed import prepare_layers
 
 _ROUND_TO = 256
 
 
-class CompiledEngine:
+class CompiledEngine(Greedy):
     """Generates with transformers' static cache; a new batch size, or a text beyond the cache's size, compiles anew."""
 
     def __init__(self, module: nn.Module) -> None:

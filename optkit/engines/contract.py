@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -16,6 +16,12 @@ class Engine(Protocol):
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Take (b,) token ids, one for each sequence, and return their (b, v) logits."""
+
+    def first(self, input_ids: Tensor) -> Tensor:
+        """Take (b, p) input ids, fill the cache and return the (b,) most likely next tokens."""
+
+    def further(self, token_ids: Tensor, count: int) -> Iterator[Tensor]:
+        """Go on from (b,) tokens, and yield the (b,) next ones so many times. An engine may work ahead of what it yields."""
 
     def score(self, input_ids: Tensor) -> Tensor:
         """Return the (b, t, v) logits of (b, t) input ids, each position judged from the past that this engine keeps of the others.

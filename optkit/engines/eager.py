@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from optkit.core.device import place_of
+from optkit.engines.greedy import Greedy
 from optkit.engines.held import held_bytes
 
 
@@ -29,7 +30,7 @@ def at_host(output: Any) -> Any:
     return tree_map(lambda part: part.cpu() if isinstance(part, Tensor) and part.is_cuda else part, output)
 
 
-class EagerEngine:
+class EagerEngine(Greedy):
     """Generates with the key-value cache that transformers makes for the model."""
 
     def __init__(self, module: nn.Module) -> None:

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from optkit.core.device import place_of
 from optkit.core.errors import TransformError
 from optkit.engines.eager import EagerEngine
+from optkit.engines.greedy import Greedy
 from optkit.engines.held import held_bytes
 from optkit.engines.kv_cache import KvCacheEngine
+from optkit.engines.parallel.part import Part
 from optkit.kernels.decoder import BlockParts, Decoder, DecoderParts
 from optkit.kernels.native import explain, native
+from optkit.kernels.peers import SharedPeers
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _LANES, _WIDEST_HEAD, _MOST_SHARING = 16, 512, 64
@@ -27,23 +30,26 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.02}  #
 _TOLERANCE_PACKED = {0: 0.0, 8: 0.05, 4: 0.3}  # numbers of a cache in so many bits may fall to the other side
 
 
-class NativeEngine:
+class NativeEngine(Greedy):
     """Generates like ``EagerEngine``, and is compared with it once before it serves."""
 
-    def __init__(self, module: nn.Module, cache: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, module: nn.Module, cache: Mapping[str, Any] | None = None, part: Part | None = None) -> None:
         """Take a causal language model, and the settings of ``kv_cache`` where its cache is quantized.
+
+        ``part`` says of a shard what it is, and who has the others.
 
         Raises:
             TransformError: it is not one that the kernels know; see ``refusal``.
         """
-        reason = refusal(module, cache)
+        reason = refusal(module, cache, part)
         if reason is not None:
             raise TransformError(f"the native step cannot run this model: {reason}")
         self.module = module.eval()
         self.cache_bits = 0 if cache is None else int(cache["bits"])
         self._cache = cache
         self._eager = self._plain()
-        self._parts = _parts(module)
+        self._part = part if part is not None and part.peers is not None else None
+        self._parts = _parts(module, self._part)
         self._groups = 1 if cache is None else self._parts.head_size // (cache["group_size"] or self._parts.head_size)
         self._embed: Any = module.get_input_embeddings()  # type: ignore[operator]
         self._decoder: Decoder | None = None
@@ -71,6 +77,8 @@ class NativeEngine:
         """Take (b,) token ids, one for each sequence, and return their (b, v) logits."""
         decoder = self._room_for(self._batch, self._position + 1)
         logits = decoder.step(self._embed(token_ids), self._position)
+        if self._part is not None:
+            logits = self._part.gather_rows(logits)
         self._position += 1
         return logits
 
@@ -105,7 +113,7 @@ class NativeEngine:
 
     def _compare(self) -> None:
         """Refuse to serve where a few steps do not give what the model's own forward gives."""
-        vocabulary = self._parts.head.out_features
+        vocabulary = self._part.vocabulary if self._part is not None else self._parts.head.out_features
         ids = torch.arange(8, dtype=torch.long).mul(7919).remainder(vocabulary)[None]
         plain = self._plain()
         self.prefill(ids[:, :4])
@@ -121,7 +129,7 @@ class NativeEngine:
             raise TransformError(f"the native step differs from the model's own by {worst:.1e} of the logits' norm; leave it out")
 
 
-def refusal(module: nn.Module, cache: Mapping[str, Any] | None = None) -> str | None:
+def refusal(module: nn.Module, cache: Mapping[str, Any] | None = None, part: Part | None = None) -> str | None:
     """Return why the native step cannot run this model with these settings of ``kv_cache``, or None where it can."""
     config = getattr(module, "config", None)
     family = getattr(config, "model_type", type(module).__name__)
@@ -132,6 +140,8 @@ def refusal(module: nn.Module, cache: Mapping[str, Any] | None = None) -> str | 
         return f"the model is on {place}"
     if native() is None:
         return explain()
+    if part is not None and part.peers is not None and not isinstance(part.peers, SharedPeers):
+        return "its shards are on several hosts"
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     attention = module.model.layers[0].self_attn  # type: ignore[union-attr, index]
     wrong = {
@@ -170,7 +180,7 @@ def _fill(into: tuple[Tensor, ...], kept: tuple[Tensor, ...], end: int) -> None:
         large[:, :, end - small.shape[2] : end] = small
 
 
-def _parts(module: Any) -> DecoderParts:
+def _parts(module: Any, part: Part | None) -> DecoderParts:
     from transformers import DynamicCache
 
     config, layers = module.config, module.model.layers
@@ -185,6 +195,7 @@ def _parts(module: Any) -> DecoderParts:
         head_size=attention.head_dim,
         epsilon=config.rms_norm_eps,
         scale=attention.scaling,
+        peers=part.peers if part is not None and isinstance(part.peers, SharedPeers) else None,
     )
 
 

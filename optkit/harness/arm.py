@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -17,8 +18,11 @@ from optkit.core import files
 from optkit.core.device import CPU, device_of
 from optkit.core.errors import telling
 from optkit.core.group import Group
+from optkit.core.mesh import ALONE
 from optkit.core.subject import Calibration, Subject
 from optkit.engines import engine_for, told
+from optkit.engines.parallel.connect import part_for
+from optkit.engines.parallel.part import Part
 from optkit.harness.calibration import calibration_for
 from optkit.harness.workloads import build_workload, task_for
 from optkit.measure.contract import Opened, Session
@@ -37,17 +41,21 @@ class Arm:
 
     def __init__(self, rank: int, ranks: int, meeting: str, threads: int, tell: Tell) -> None:
         torch.set_num_threads(threads)
-        self._tell = tell
+        self._tell = tell if rank == 0 else lambda text: None
         self._group = _join(rank, ranks, meeting)
         self._device = CPU
         self._opened: Opened | None = None
+        self._part: Part | None = None
         self._sessions: dict[int, Session] = {}
+        self._busy_s = self._waited_s = 0.0  # in the blocks of the session in progress, and in their waits for other parts
         self._runtime_bytes = 0
 
     def do_baseline(
         self, recipe: dict[str, Any], folder: str, dtype: str | None, trust_remote_code: bool, workload: str | None
     ) -> dict[str, Any]:
         """Open the recipe's model, cast it where asked, and save it as an artefact."""
+        if self._group.rank:
+            return {}  # one process is enough to open a model and save it
         wanted = recipe_from_dict(recipe)
         self._tell("opening the model")
         if workload is None:
@@ -67,7 +75,7 @@ class Arm:
             "trained": subject.trained,
             "kind": subject.kind,
             "source": subject.source,
-            "replicas": subject.replicas,
+            "ranks": subject.mesh.size,
             "dtype": _dtypes(subject.module),
             "sha256": _digest_of_weights(Path(folder)),
         }
@@ -77,14 +85,15 @@ class Arm:
     ) -> dict[str, Any]:
         """Open the baseline's artefact, apply the recipe's transforms, and save the result; after each but the last, what is there by then.
 
-        ``between`` are the folders of the latter, one for each transform but the last.
+        ``between`` are the folders of the latter, one for each transform but the last. Where several processes prepare, for a training that
+        they share, all do the same, and the first one saves.
         """
         wanted = recipe_from_dict(recipe)
         subject = _load(baseline, workload)
         task = task_for(wanted, subject.kind, workload)
         seen: dict[int, Calibration | None] = {}
         notes: list[str] = []
-        replicas: list[int] = []
+        ranks: list[int] = []
         for number, step in enumerate(wanted.transforms, 1):
             doing = f"applying {step.step().name} ({number} of {len(wanted.transforms)})"
             self._tell(doing)
@@ -98,29 +107,36 @@ class Arm:
                     found,
                     untouched=lambda: _load(baseline, workload).module,
                     open_model=lambda spec: open_model(spec).module,
+                    group=self._group,
                     checkpoints=Path(checkpoints) / f"{number}-{step.step().name}",
                     tell=lambda text, doing=doing: self._tell(f"{doing}: {text}"),  # type: ignore[misc]
                 )
             with telling(notes.append):
                 subject = step.apply(subject, data)
             if number < len(wanted.transforms):
-                artefact.save(subject, between[number - 1])
-                replicas.append(subject.replicas)
+                if self._group.rank == 0:
+                    artefact.save(subject, between[number - 1])
+                ranks.append(subject.mesh.size)
         for note in notes:
             self._tell(note)
         self._tell("saving the result")
-        artefact.save(subject, folder)
+        if self._group.rank == 0:
+            artefact.save(subject, folder)
         history = [asdict(step) for step in subject.history]
-        return {"history": history, "replicas": subject.replicas, "between": replicas, "notes": notes}
+        return {"history": history, "ranks": subject.mesh.size, "between": ranks, "notes": notes}
 
-    def do_open(self, recipe: dict[str, Any], folder: str, workload: str | None) -> dict[str, Any]:
-        """Open an artefact as the arm to measure."""
+    def do_open(self, recipe: dict[str, Any], folder: str, workload: str | None, alone: bool = False) -> dict[str, Any]:
+        """Open an artefact as the arm to measure, or this process's part of it; ``alone``: all of it, whatever it says of itself."""
         wanted = recipe_from_dict(recipe)
         self._device = device_of(wanted.device)
         self._runtime_bytes = resident_bytes(self._device)
-        subject = _load(folder, workload)
+        mesh, history = artefact.placement(folder)
+        mesh = ALONE if alone else mesh
+        self._group = self._group.arranged(mesh)
+        self._part = part = part_for(self._group, mesh, history)
+        subject = _load(folder, workload, part)
         subject = replace(subject, module=subject.module.to(self._device))
-        self._opened = Opened(subject, engine_for(subject), task_for(wanted, subject.kind, workload))
+        self._opened = Opened(subject, engine_for(subject, part), task_for(wanted, subject.kind, workload))
         return {
             "history": [asdict(step) for step in subject.history],
             "execution": subject.execution,
@@ -128,6 +144,7 @@ class Arm:
             "dtype": _dtypes(subject.module),
             "parameters": _parameters(subject.module),
             "ranks": self._group.size,
+            "parts": mesh.parts,
             "opening_peak_bytes": peak_bytes(self._device),
             "weight_bytes_per_token": weight_bytes_per_token(subject.module),
             "engine": told(self._opened.engine),
@@ -151,22 +168,37 @@ class Arm:
             self._arm().engine.reset()  # a rank without a sequence of this batch would still hold one of the last
         warm_up = [session.block() for _ in range(meter.blocks_per_round(generates))]  # type: ignore[attr-defined]
         self._sessions[batch_size] = session
+        self._busy_s = self._waited_s = 0.0
         forget_peak(self._device)
         return {"warm_up_ms": sum(sum(times) for block in warm_up for times in block.values())}
 
     def do_block(self, batch_size: int) -> dict[str, Any]:
         """Do the next block of a timed measurement."""
-        return dict(self._sessions[batch_size].block())
+        waited, start = self._waits(), time.perf_counter()
+        times = dict(self._sessions[batch_size].block())
+        self._busy_s += time.perf_counter() - start
+        self._waited_s += self._waits() - waited
+        return times
 
     def do_memory(self) -> dict[str, Any]:
-        """Return this rank's peak resident memory since serving began, what the empty runtime took, and what its cache holds now."""
+        """Return this rank's peak resident memory since serving began, what the empty runtime took, what its cache holds now, and the
+        share of the last session's time that it has waited for other parts of the model.
+        """
         generates = self._opened is not None and self._opened.subject.kind == "causal-lm"
         held = self._arm().engine.cache_bytes() if generates else 0
-        return {"peak_bytes": peak_bytes(self._device), "runtime_bytes": self._runtime_bytes, "cache_bytes": held}
+        waiting = self._waited_s / self._busy_s if self._busy_s else 0.0
+        return {"peak_bytes": peak_bytes(self._device), "runtime_bytes": self._runtime_bytes, "cache_bytes": held, "waiting": waiting}
 
     def do_roof(self, size_bytes: int) -> dict[str, Any]:
         """Return the read bandwidth that this process reaches on a buffer of this size."""
         return {"bytes_per_second": read_bandwidth(size_bytes, device=self._device)}
+
+    def _waits(self) -> float:
+        """Return the seconds so far in sums over shards and in messages of stages."""
+        if self._part is None:
+            return 0.0
+        sums = self._part.peers.waited_s if self._part.peers is not None else 0.0
+        return sums + float(getattr(self._arm().engine, "waited_s", 0.0))
 
     def _arm(self) -> Opened:
         assert self._opened is not None, "open comes first"
@@ -180,15 +212,15 @@ def _join(rank: int, ranks: int, meeting: str) -> Group:
     from accelerate import PartialState
 
     limit = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks, timeout=limit)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=limit)
     state = PartialState(cpu=True)
     return Group(state.process_index, state.num_processes)
 
 
-def _load(folder: str, workload: str | None) -> Subject:
+def _load(folder: str, workload: str | None, part: Part | None = None) -> Subject:
     if workload is None or artefact.opens_alone(folder):  # a layer less, and the workload's own module would no longer fit
-        return artefact.load(folder)
-    return artefact.load(folder, build_workload(workload)[0])
+        return artefact.load(folder, part=part)
+    return artefact.load(folder, build_workload(workload)[0], part)
 
 
 def _digest_of_weights(folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from optkit.core.measurement import Comparison, Measurement, Metric, Samples
 from optkit.harness import statistics
-from optkit.harness.stages import AGAIN, BASELINE, OPTIMIZED
+from optkit.harness.stages import AGAIN, BASELINE, ONE, OPTIMIZED, STEP
 from optkit.harness.trial import REFERENCE_EVERY, columns_of
 from optkit.measure.latency import Latency, sized
 from optkit.recipe.schema import Recipe
@@ -103,6 +104,7 @@ def assemble(
         comparisons=tuple(record.Compared.of(entry) for entry in comparisons),
         noise=tuple(record.Compared.of(entry) for entry in noise),
         limits=limits,
+        scaling=tuple(_scaling(recipe, arms, results)),
         notes=_notes(recipe, results, arms),
     )
 
@@ -141,6 +143,13 @@ def _count(arms: _Arms, name: str, facts: dict[str, Any], results: dict[str, Any
             runtime_bytes=sum(rank["runtime_bytes"] for rank in served[0]),
             opening_peak_bytes=facts["opening_peak_bytes"],
         )
+        if any(facts["ranks"] > 1 for facts in results["opened"].values()):
+            each = [max(part) for part in zip(*([rank["peak_bytes"] for rank in ranks] for ranks in served), strict=True)]
+            arms.count(name, "peak_rank_memory_bytes", "bytes", max(each), by_rank=each)
+    if facts["parts"] > 1 and results["timing"]:
+        for size, timing in results["timing"].items():
+            waiting = [rank["waiting"] for rank in timing["memory"][name]]
+            arms.count(name, sized("communication_share", int(size)), "share", sum(waiting) / len(waiting), by_rank=waiting)
     if name in results["artefacts"]:
         arms.count(name, "artefact_bytes", "bytes", results["artefacts"][name])
     arms.count(name, "weight_bytes_per_token", "bytes", facts["weight_bytes_per_token"])
@@ -174,6 +183,23 @@ def _compare(arms: _Arms, name: str, floors: dict[str, Comparison]) -> list[Comp
         if after_count is not None and key not in ("read_bandwidth", "roof_share"):
             found.append(statistics.compare_exact(name, before_count, after_count, _TOLERANCES.get(key, 0.0)))
     return found
+
+
+def _scaling(recipe: Recipe, arms: _Arms, results: dict[str, Any]) -> Iterator[record.Scaling]:
+    """Compare the throughput of several ranks with that of one, and with that of one process with all their threads."""
+    opened = results["opened"]
+    ranks = opened[OPTIMIZED]["ranks"]
+    if ranks == 1:
+        return
+    steps = [name for name in opened if name.startswith(STEP) and opened[name]["ranks"] == 1]
+    for name in ((steps or [BASELINE])[-1], ONE):
+        for key, other in arms.sampled.get(name, {}).items():
+            mine = arms.sampled.get(OPTIMIZED, {}).get(key)
+            if mine is None or not key.startswith(("tokens_per_second", "items_per_second")):
+                continue
+            after = {column: values[:: other.every] for column, values in mine.columns.items()}
+            found = statistics.compare(OPTIMIZED, mine.metric, other.columns, after)
+            yield record.Scaling.of(found, name, ranks, 1 if name == ONE else ranks)
 
 
 def _as_ratio(entry: Comparison) -> statistics.Ratio | None:

@@ -66,8 +66,8 @@ def check_recipe(recipe: Recipe, name: str, trust_remote_code: bool = False) -> 
                 outline = step.preview(outline)
         except OptkitError as error:
             problems.append(Problem(line_of(name, ("transforms", position)), f"transforms[{position}].{step.step().name}", str(error)))
-    if outline.replicas > 1 and recipe.device != "cpu":
-        message = f"{outline.replicas} processes of one arm meet on the CPU alone so far; leave out data_parallel, or set device to cpu"
+    if outline.mesh.size > 1 and recipe.device != "cpu":
+        message = f"{outline.mesh.size} processes of one arm meet on the CPU alone so far; set device to cpu, or leave their step out"
         problems.append(Problem(line_of(name, ("device",)), "device", message))
     if problems:
         raise ProblemsError(name, problems)

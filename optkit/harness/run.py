@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from optkit.core.errors import OptkitError, StoppedError
 from optkit.harness import stages
+from optkit.harness.agent import serve
 from optkit.harness.assembly import assemble
 from optkit.harness.checking import check_metrics, check_recipe, refuse_small_disk
 from optkit.harness.folder import RunFolder
+from optkit.harness.hosts import HERE, Hosts
 from optkit.harness.inputs import inputs_of, quickened
+from optkit.harness.joining import Meeting, world
+from optkit.harness.remote import JoinedHosts
 from optkit.harness.workloads import build_workload
 from optkit.models.artefact import kind_of
 from optkit.recipe.reading import load_recipe, recipe_from_dict
@@ -58,15 +63,14 @@ def run(
         OptkitError: bad input, a resource that is missing, or a measuring process that failed; the message says what to do.
     """
     started, clock = datetime.now(UTC), time.monotonic()
-    wanted, name = _read(recipe, overrides)
-    wanted = quickened(wanted) if quick else wanted
+    wanted, name = _wanted(recipe, overrides, quick)
     progress("checking the recipe", None)
     task = _checked(wanted, name, Path(out), trust_remote_code, workload)
     inputs = inputs_of(wanted, quick, trust_remote_code, workload)
     parent = Path(out) / wanted.name
     try:
-        with RunFolder.resumed(parent, inputs) if resume else RunFolder.new(parent, inputs) as folder:
-            results = stages.Stages(wanted, folder, inputs["threads"], trust_remote_code, workload, progress).all()
+        with _hosts(wanted, progress) as hosts, RunFolder.resumed(parent, inputs) if resume else RunFolder.new(parent, inputs) as folder:
+            results = stages.Stages(wanted, folder, inputs["threads"], trust_remote_code, workload, progress, hosts).all()
             progress("writing the report", None)
             report = assemble(
                 wanted,
@@ -82,9 +86,42 @@ def run(
             folder.keep_artefact("optimized")
             write_report(report, folder.path, wanted.to_yaml())
             folder.finish()
+            if isinstance(hosts, JoinedHosts):
+                hosts.finish(0 if report.held else 1)
     except KeyboardInterrupt as stop:
         raise _stopped(stop, parent, command if not resume else None) from None
     return report
+
+
+def lend(recipe: str | Path, overrides: tuple[str, ...] = (), quick: bool = False, progress: Progress = lambda doing, share: None) -> int:
+    """Lend this place to the first of several commands that were started together, and return the exit code that it gives.
+
+    Raises:
+        OptkitError: this is no such command; the first one does not come; or the recipes differ.
+    """
+    wanted, _ = _wanted(recipe, overrides, quick)
+    place = world()
+    if place is None or place.rank == 0:
+        raise OptkitError("only a rank other than the first has something to lend")
+    progress(f"rank {place.rank} of {place.size}: working for rank 0 at {place.address}", None)
+    return serve(Meeting(place), wanted.sha256())
+
+
+@contextmanager
+def _hosts(recipe: Recipe, progress: Progress) -> Iterator[Hosts]:
+    """Give the places for processes: this host, and those of the commands that were started with this one."""
+    place = world()
+    if place is None:
+        yield HERE
+        return
+    progress(f"waiting for {place.size} ranks at {place.address}:{place.port}", None)
+    with JoinedHosts(Meeting(place), recipe.sha256()) as hosts:
+        yield hosts
+
+
+def _wanted(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: tuple[str, ...], quick: bool) -> tuple[Recipe, str]:
+    wanted, name = _read(recipe, overrides)
+    return (quickened(wanted) if quick else wanted), name
 
 
 def _stopped(stop: KeyboardInterrupt, parent: Path, command: str | None) -> StoppedError:

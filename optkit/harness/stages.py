@@ -10,13 +10,14 @@ from typing import Any
 
 from optkit.core import files
 from optkit.harness.folder import RunFolder
+from optkit.harness.hosts import HERE, Hosts
 from optkit.harness.processes import LazyWorkers, Workers
 from optkit.harness.trial import Schedule, take_turns
 from optkit.measure.latency import Latency
 from optkit.models.artefact import MANIFEST
 from optkit.recipe.schema import Recipe
 
-BASELINE, OPTIMIZED, AGAIN, STEP = "baseline", "optimized", "baseline-again", "step-"
+BASELINE, OPTIMIZED, AGAIN, STEP, ONE = "baseline", "optimized", "baseline-again", "step-", "one-process"
 _REFERENCES = ("bfloat16", "float32")
 _QUALITY = "quality-"
 Progress = Callable[[str, float | None], None]
@@ -26,7 +27,14 @@ class Stages:
     """Runs what is not finished yet, each stage in processes of its own."""
 
     def __init__(
-        self, recipe: Recipe, folder: RunFolder, threads: int, trust_remote_code: bool, workload: str | None, progress: Progress
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        threads: int,
+        trust_remote_code: bool,
+        workload: str | None,
+        progress: Progress,
+        hosts: Hosts = HERE,
     ) -> None:
         self._recipe = recipe
         self._plain = recipe.to_dict()
@@ -35,14 +43,15 @@ class Stages:
         self._trust = trust_remote_code
         self._workload = workload
         self._progress = progress
+        self._hosts = hosts
 
     def all(self) -> dict[str, Any]:
         """Return the results of all stages, as plain data."""
         baseline, optimized, references = self._prepare_all()
         steps = dict(zip(self._between(), optimized["between"], strict=True))
-        references = [*steps, *references]
+        references = [*steps, *references, *([ONE] if optimized["ranks"] > 1 else [])]
         names = [BASELINE, OPTIMIZED, AGAIN, *references]
-        ranks = dict.fromkeys(names, baseline["replicas"]) | {OPTIMIZED: optimized["replicas"]} | steps
+        ranks = dict.fromkeys(names, baseline["ranks"]) | {OPTIMIZED: optimized["ranks"]} | steps | {ONE: 1}
         pending = [stage for stage in self._measuring(baseline, references) if not self._folder.has(stage)]
         with ExitStack() as stack:
             arms = self._open(names, ranks, stack) if pending else {}
@@ -56,14 +65,14 @@ class Stages:
                 for stage in self._measuring(baseline, references)
                 if stage.startswith(_QUALITY)
             }
-            sizes = self._folder.stage("sizes", lambda: {name: self._size(name) for name in names if name != AGAIN})
+            sizes = self._folder.stage("sizes", lambda: {name: self._size(name) for name in names if name not in (AGAIN, ONE)})
         notes = optimized.get("notes", [])
         return {"baseline": baseline, "artefacts": sizes, "timing": timing, "opened": opened, "quality": quality, "notes": notes}
 
     def _measuring(self, baseline: dict[str, Any], references: list[str]) -> list[str]:
         """Return the names of the stages that need the arms to be open, in order; the baseline is judged before the others."""
         judged = "quality" in self._recipe.measure and baseline["card"] is not None
-        quality = [f"{_QUALITY}{name}" for name in (BASELINE, OPTIMIZED, *references)] if judged else []
+        quality = [f"{_QUALITY}{name}" for name in (BASELINE, OPTIMIZED, *references) if name != ONE] if judged else []
         return [*(f"timing-{size}" for size in self._sizes()), "opened", *quality]
 
     def _sizes(self) -> tuple[int, ...]:
@@ -72,7 +81,8 @@ class Stages:
 
     def _prepare_all(self) -> tuple[Any, Any, list[str]]:
         """Save the artefacts of all arms, one after another in one process."""
-        with LazyWorkers(lambda: self._workers("preparing")) as worker:
+        ranks = max([getattr(step, "ranks", 1) for step in self._recipe.transforms], default=1)
+        with LazyWorkers(lambda: self._preparing(ranks)) as worker:
             dtype = self._recipe.baseline.dtype if self._recipe.baseline else None
             baseline = self._folder.stage(BASELINE, partial(self._prepare, worker, BASELINE, dtype))
             optimized = self._folder.stage(OPTIMIZED, partial(self._transform, worker))
@@ -114,13 +124,13 @@ class Stages:
     def _open(self, names: list[str], ranks: dict[str, int], stack: ExitStack) -> dict[str, Workers]:
         """Open every arm from its artefact, in its own process, all at once; afterwards all stand still."""
         self._progress(f"starting {sum(ranks.values())} processes", None)
-        arms = {name: stack.enter_context(self._workers(name, ranks[name])) for name in names}
+        arms = {name: stack.enter_context(self._workers(name, ranks[name], ranks[OPTIMIZED] if name == ONE else 1)) for name in names}
         for name, workers in arms.items():
-            place = self._folder.work / (BASELINE if name == AGAIN else name)
-            workers.send("open", recipe=self._plain, folder=str(place), workload=self._workload)
+            place = self._folder.work / {AGAIN: BASELINE, ONE: OPTIMIZED}.get(name, name)
+            workers.send("open", recipe=self._plain, folder=str(place), workload=self._workload, alone=name == ONE)
         for name, workers in arms.items():
             self._progress(f"opening {name}", None)
-            workers.facts = workers.gather()[0]
+            workers.facts = _together(workers.gather())
             workers.pause()
         return arms
 
@@ -152,11 +162,18 @@ class Stages:
 
     def _facts(self, workers: Workers) -> dict[str, Any]:
         with workers.awake():
-            roof = workers.ask("roof", size_bytes=workers.facts["weight_bytes_per_token"])
-        return {**workers.facts, "roof_bytes_per_second": roof["bytes_per_second"]}
+            parts = workers.facts["parts"]
+            roofs = workers.ask_all("roof", size_bytes=workers.facts["weight_bytes_per_token"] // parts)[:parts]
+        return {**workers.facts, "roof_bytes_per_second": sum(roof["bytes_per_second"] for roof in roofs)}
 
-    def _workers(self, name: str, ranks: int = 1) -> Workers:
-        return Workers(name, self._threads, self._folder.work, ranks)
+    def _preparing(self, ranks: int) -> Workers:
+        """Start the processes that prepare; several share the cores, unless the recipe says how many threads each shall have."""
+        threads = self._threads if self._recipe.threads else max(1, self._threads // ranks)
+        return Workers("preparing", threads, self._folder.work, ranks, self._hosts)
+
+    def _workers(self, name: str, ranks: int = 1, threads: int = 1) -> Workers:
+        """Start the processes of an arm, each with the threads of the recipe, or so many times as many."""
+        return Workers(name, self._threads * threads, self._folder.work, ranks, self._hosts)
 
     def _size(self, name: str) -> int:
         listed = files.read_json(self._folder.work / name / MANIFEST)["files"]
@@ -164,3 +181,11 @@ class Stages:
 
     def _tell(self, name: str) -> Callable[[str], None]:
         return lambda text: self._progress(f"{name}: {text}", None)
+
+
+def _together(facts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the facts of an arm, from those of its ranks: what the parts of one copy hold is added up."""
+    first = facts[0]
+    copy = facts[: first["parts"]]
+    summed = {key: sum(one[key] for one in copy) for key in ("parameters", "weight_bytes_per_token")}
+    return {**first, **summed, "opening_peak_bytes": max(one["opening_peak_bytes"] for one in facts)}

@@ -19,7 +19,7 @@ from optkit.harness.statistics import ratio
 
 MIN_ROUNDS = 6
 REFERENCE_EVERY = 4
-BLOCK_DEADLINE_S = 600.0
+LEAST_DEADLINE_S, SLOWER = 20.0, 20.0  # a block may take so many times what a whole request took at first
 
 Progress = Callable[[str, float], None]
 """Told what is being done, and the share that is done."""
@@ -72,11 +72,12 @@ def take_turns(
         with workers.awake():
             answer = workers.ask("session", recipe=recipe, batch_size=schedule.batch_size)
         timed.warm_up_ms[name] = answer["warm_up_ms"]
+    deadlines = {name: max(LEAST_DEADLINE_S, SLOWER * ms / 1e3) for name, ms in timed.warm_up_ms.items()}
     start = time.monotonic()
     number = 0
     while not timed.stopped_because:
         present = {**arms, **(references if number % REFERENCE_EVERY == 0 else {})}
-        for name, one in _round(present, schedule, number).items():
+        for name, one in _round(present, schedule, number, deadlines).items():
             timed.rounds[name].append(one)
         number += 1
         spent = time.monotonic() - start
@@ -85,7 +86,7 @@ def take_turns(
     return timed
 
 
-def _round(arms: dict[str, Workers], schedule: Schedule, number: int) -> dict[str, dict[str, list[float]]]:
+def _round(arms: dict[str, Workers], schedule: Schedule, number: int, deadlines: Mapping[str, float]) -> dict[str, dict[str, list[float]]]:
     """Do one request on every arm, block by block. The first arm leads always, the others follow in each of their orders in turn."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in arms}
     lead, *others = arms
@@ -93,7 +94,7 @@ def _round(arms: dict[str, Workers], schedule: Schedule, number: int) -> dict[st
     for block in range(schedule.blocks_per_round):
         for name in (lead, *orders[(block + number) % len(orders)]):
             with arms[name].awake():
-                answer = arms[name].ask("block", BLOCK_DEADLINE_S, batch_size=schedule.batch_size)
+                answer = arms[name].ask("block", deadlines[name], batch_size=schedule.batch_size)
             for column, times in answer.items():
                 found[name].setdefault(column, []).extend(times)
     return found

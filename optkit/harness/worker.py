@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
 from optkit.core.errors import OptkitError, ResourceError
@@ -27,10 +29,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--meeting", default="")
+    parser.add_argument("--stack", default=os.devnull)
     parser.add_argument("--threads", type=int, required=True)
     options = parser.parse_args()
     _die_with(options.parent)
-    with os.fdopen(options.answers, "w", buffering=1) as answers:
+    with os.fdopen(options.answers, "w", buffering=1) as answers, Path(options.stack).open("w") as stack:
+        faulthandler.register(signal.SIGUSR1, stack, all_threads=False)  # for a parent that wonders where this process hangs
         serve(options, answers)
 
 

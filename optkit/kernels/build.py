@@ -18,10 +18,11 @@ from optkit.core.errors import MissingError, PlaceError, ResourceError
 from optkit.core.files import write_bytes
 
 _HERE = Path(__file__).parent
-SOURCES = (_HERE / "linear.c", _HERE / "decode.c", _HERE / "sparse.c")
+SOURCES = (_HERE / "linear.c", _HERE / "decode.c", _HERE / "sparse.c", _HERE / "peers.c")
 OPERATOR = _HERE / "operator.cpp"
 HEADERS = tuple(
-    _HERE / f"{name}.h" for name in ("lanes", "call", "nibbles", "few", "panels", "integers", "pairs", "tiles", "decoder", "attention")
+    _HERE / f"{name}.h"
+    for name in ("lanes", "call", "nibbles", "few", "panels", "integers", "pairs", "tiles", "decoder", "attention", "peers")
 )
 # The library is linked without an OpenMP runtime of its own: it finds the one that torch has loaded, and so shares torch's threads.
 _COMPILE = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-c")

@@ -96,6 +96,16 @@ static void add_rows(float *to, const float *from, int64_t rows, int64_t m, cons
         for (int64_t r = mine.from; r < mine.to; r++) to[i * rows + r] += from[i * rows + r];
 }
 
+/* y = the sum of everyone's y, where layers are shared with other processes: one thread does it, and all wait. */
+static void sum_shares(const struct decoder *d, float *y, int64_t m, const struct team *team, int *status)
+{
+    if (!d->peers)
+        return;
+#pragma omp barrier
+    if (team->number == 0 && !*status) *status = optkit_sum(d->peers, y, m * d->hidden);
+#pragma omp barrier
+}
+
 /* gate = silu(gate) * up, in the rows of this thread. */
 static void gated(float *gate, const float *up, int64_t rows, int64_t m, const struct team *team)
 {
@@ -129,7 +139,7 @@ static void attend_all(const struct decoder *d, const struct block *b, const str
 }
 
 static void step(const struct decoder *d, const struct scratch *s, int64_t m, int64_t at, float *logits, const struct team *team,
-                     float *normed, const struct desk *desk)
+                 float *normed, const struct desk *desk, int *status)
 {
     for (int64_t n = 0; n < d->depth; n++) {
         const struct block *b = d->blocks + n;
@@ -141,6 +151,7 @@ static void step(const struct decoder *d, const struct scratch *s, int64_t m, in
         attend_all(d, b, s, m, at, team, desk);
 #pragma omp barrier
         apply(&b->output, s->attended, s->projected, m, &b->gate, team);
+        sum_shares(d, s->projected, m, team, status);
         add_rows(s->hidden, s->projected, d->hidden, m, team);
 #pragma omp barrier
         for (int64_t i = 0; i < m; i++) rms_norm(s->hidden + i * d->hidden, b->attention_norm, d->hidden, d->epsilon, normed + i * d->hidden);
@@ -149,6 +160,7 @@ static void step(const struct decoder *d, const struct scratch *s, int64_t m, in
         gated(s->gate, s->up, b->gate.rows, m, team);
 #pragma omp barrier
         apply(&b->down, s->gate, s->projected, m, n + 1 < d->depth ? &b[1].query : &d->head, team);
+        sum_shares(d, s->projected, m, team, status);
         add_rows(s->hidden, s->projected, d->hidden, m, team);
 #pragma omp barrier
     }
@@ -189,15 +201,16 @@ int optkit_decode(const struct decoder *d, float *hidden, int64_t m, int64_t at,
     s.gate = next, next += m * widest;
     s.up = next, next += m * widest;
     const struct room r = room_of(d, m);
+    int status = 0;
 #pragma omp parallel num_threads(threads)
     {
         float *normed = next + omp_get_thread_num() * room_size(r), *scores = normed + r.normed + r.queries;
         const struct desk desk = {normed + r.normed, scores};
         struct team team = {omp_get_thread_num(), omp_get_num_threads(), scores + r.scores, scores + r.scores + r.panels, NULL};
         team.bytes = (int8_t *)(team.scales + r.scales);
-        step(d, &s, m, at, logits, &team, normed, &desk);
+        step(d, &s, m, at, logits, &team, normed, &desk, &status);
     }
-    return 0;
+    return status;
 }
 
 /* The floats of room that optkit_decode needs. */

@@ -2,6 +2,7 @@
 #ifndef OPTKIT_DECODER_H
 #define OPTKIT_DECODER_H
 #include "integers.h"
+#include "peers.h"
 
 struct dense { /* y = x w^T + b, by a packed weight or by a plain one */
     const struct layer *packed;
@@ -26,6 +27,7 @@ struct decoder {
     const float *cosine, *sine; /* (capacity, head_size) */
     struct dense head;
     int64_t depth, hidden, heads, kv_heads, head_size, widest, capacity; /* widest: outputs of the widest gate */
+    struct peers *peers;        /* other processes with shares of the same layers, or NULL */
     int64_t kv_bits, kv_groups; /* 8, 4 or, for float32, 0; groups of channels in a head that share a scale */
     float epsilon, scale;
 };

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from optkit.core.errors import MissingError
 from optkit.kernels.native import native
 from optkit.kernels.packed import PackedLinear
+from optkit.kernels.peers import PEER_LATE, SharedPeers
 
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 
@@ -34,7 +35,10 @@ class _Decoder(ctypes.Structure):
         ("blocks", ctypes.POINTER(_Block)),
         *((name, _POINTER) for name in ("final_norm", "cosine", "sine")),
         ("head", _Dense),
-        *((name, _COUNT) for name in ("depth", "hidden", "heads", "kv_heads", "head_size", "widest", "capacity", "kv_bits", "kv_groups")),
+        *((name, _COUNT) for name in ("depth", "hidden", "heads", "kv_heads", "head_size", "widest", "capacity")),
+        ("peers", _POINTER),
+        ("kv_bits", _COUNT),
+        ("kv_groups", _COUNT),
         ("epsilon", ctypes.c_float),
         ("scale", ctypes.c_float),
     )
@@ -60,7 +64,7 @@ class BlockParts:
 
 @dataclass(frozen=True)
 class DecoderParts:
-    """The parts of a decoder; ``scale`` multiplies the scores of attention."""
+    """The parts of a decoder; ``scale`` multiplies the scores of attention. ``peers`` hold the other shares of the same layers."""
 
     blocks: Sequence[BlockParts]
     final_norm: Tensor
@@ -70,6 +74,7 @@ class DecoderParts:
     head_size: int
     epsilon: float
     scale: float
+    peers: SharedPeers | None = None
 
 
 class Decoder:
@@ -92,6 +97,7 @@ class Decoder:
         self.values = [_empty_cache(places, parts.head_size, kv_bits, kv_groups) for _ in parts.blocks]
         blocks = [self._block(part, keys, values) for part, keys, values in zip(parts.blocks, self.keys, self.values, strict=True)]
         self._blocks = (_Block * len(blocks))(*blocks)
+        self._peers = parts.peers
         self._vocabulary = parts.head.out_features
         hidden = parts.head.in_features
         self._struct = _Decoder(
@@ -109,6 +115,7 @@ class Decoder:
             capacity=self.capacity,
             epsilon=parts.epsilon,
             scale=parts.scale,
+            peers=None if parts.peers is None else parts.peers.address,
             kv_bits=kv_bits,
             kv_groups=kv_groups,
         )
@@ -121,6 +128,7 @@ class Decoder:
         Raises:
             ValueError: there are not as many embeddings as sequences.
             IndexError: the position is beyond the capacity.
+            ArmError: a process that holds another share of the layers does not come.
         """
         if hidden.shape != (self.batch, self._struct.hidden):
             raise ValueError(f"embeddings {tuple(hidden.shape)} do not fit {self.batch} sequences of {self._struct.hidden} channels")
@@ -132,6 +140,8 @@ class Decoder:
         status = self._native.decode(
             address, hidden.data_ptr(), len(hidden), position, logits.data_ptr(), self._room.data_ptr(), self._threads
         )
+        if self._peers is not None and status == PEER_LATE:
+            self._peers.refuse_late(status)
         if status:
             raise IndexError(f"position {position} is beyond the {self.capacity} positions of the cache")
         return logits

@@ -165,6 +165,10 @@ class Int4Linear(PackedLinear):
         q, *rest = super().tensors()
         return (q.to(rest[0].device), *rest)
 
+    def column_units(self) -> dict[str, int]:
+        """Return that two numbers share a byte, and a group its scale and point."""
+        return {"qweight": 2, "scale": self.group_size, "point": self.group_size}
+
     def prepare_on_cuda(self) -> None:
         """Make the layout of tinygemm, where the layer is on CUDA and fits; the portable numbers go to the host's memory."""
         scale = self._buffers["scale"]

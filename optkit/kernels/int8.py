@@ -59,6 +59,10 @@ class _Rows(PackedLayer):
         q, scale = self.tensors()
         return dequantize_rows(q, scale, dtype)
 
+    def column_units(self) -> dict[str, int]:
+        """Return that numbers are by column, and scales are not."""
+        return {"qweight": 1}
+
     def _to_kernel(self) -> Tensor:
         return rows_to_kernel(self.tensors()[0])
 

@@ -48,7 +48,7 @@ class LayerStruct(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Native:
-    """The compiled functions. Each returns 0, -1 without memory, or -2 for an index out of range."""
+    """The compiled functions. Each returns 0, -1 without memory, -2 for an index out of range, or -4 where a process does not come."""
 
     linear: Callable[..., int]
     gather: Callable[..., int]
@@ -56,6 +56,7 @@ class Native:
     decoder_room: Callable[..., int]
     sparse_few: Callable[..., int]
     sparse_dense: Callable[..., int]
+    sum: Callable[..., int]
     backend: Backend
 
 
@@ -170,6 +171,7 @@ def _open(best: Backend, reason: str) -> _Choice:
     library.optkit_decoder_room.restype = count
     library.optkit_sparse_few.argtypes = [address, address, address, address, count, flag]
     library.optkit_sparse_dense.argtypes = [address, address, flag]
+    library.optkit_sum.argtypes = [address, address, count]
     opened = Native(
         library.optkit_linear,
         library.optkit_gather,
@@ -177,6 +179,7 @@ def _open(best: Backend, reason: str) -> _Choice:
         library.optkit_decoder_room,
         library.optkit_sparse_few,
         library.optkit_sparse_dense,
+        library.optkit_sum,
         backend=best,
     )
     return _Choice(opened, reason)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional
 
+from optkit.core.errors import TransformError
 from optkit.kernels.native import LayerStruct, Native, native
 from optkit.kernels.ops import HALF, has_native_operator, multiply, packed_linear, struct_of
 from optkit.kernels.weight import PackedWeight
@@ -66,6 +67,14 @@ class PackedLayer(nn.Module):
     @abstractmethod
     def layout(self) -> dict[str, Any]:
         """Return the arguments of ``empty`` that make a layer of this shape, as JSON."""
+
+    def column_units(self) -> dict[str, int]:
+        """Return by saved tensor how many columns of the weight an entry of its last dimension stands for; the others are not by column.
+
+        Raises:
+            TransformError: columns of this layer cannot be taken apart.
+        """
+        raise TransformError(f"the columns of a {type(self).__name__} cannot be taken apart")
 
     @abstractmethod
     def _to_kernel(self) -> Tensor: ...

@@ -157,6 +157,16 @@ class W8A8Linear(PackedLinear):
         q, scale, *_ = self.tensors()
         return dequantize_rows(q, scale, dtype)
 
+    def column_units(self) -> dict[str, int]:
+        """Return that numbers are by column; the scale of the input is the whole input's, and must be known beforehand.
+
+        Raises:
+            TransformError: it is found anew for each token.
+        """
+        if not self.static:
+            raise TransformError("a scale for each token is found from all of its inputs, and no process has them all: activations: static")
+        return {"qweight": 1}
+
     def _to_kernel(self) -> Tensor:
         return with_totals(quads_to_kernel(self.tensors()[0]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, ClassVar
 
@@ -75,33 +76,33 @@ class _Generation:
     def block(self) -> Mapping[str, list[float]]:
         if self._left == 0:
             self._left = self._new_tokens - 1
-            return {"ttft_ms": self._timed(1, self._prefill, wake=self._prefill)}
+            return {"ttft_ms": self._timed(self._first)}
         count = min(BLOCK_TOKENS + 1, self._left)
         self._left -= count
-        # The first token after a stop pays for cold caches and sleeping threads, which a request served alone would not.
-        only = self._new_tokens == 2
-        return {"gaps_ms": self._timed(1, self._step) if only else self._timed(count - 1, self._step, wake=self._step)}
+        return {"gaps_ms": self._timed(partial(self._further, count))}
 
-    def _timed(self, count: int, work: Callable[[], None], wake: Callable[[], None] | None = None) -> list[float]:
+    def _timed(self, work: Callable[[], list[float]]) -> list[float]:
         self._group.wait()
-        return self._group.slowest(self._marks(count, work, wake) if len(self._prompts) else [])
+        return self._group.slowest([1e3 * (after - before) for before, after in pairwise(work() if len(self._prompts) else [])])
 
-    def _marks(self, count: int, work: Callable[[], None], wake: Callable[[], None] | None) -> list[float]:
-        if wake is not None:
-            wake()
-        marks = [time.perf_counter()]
-        for _ in range(count):
-            work()
-            marks.append(time.perf_counter())
-        return [1e3 * (after - before) for before, after in pairwise(marks)]
+    def _first(self) -> list[float]:
+        """Take the prompts twice, and return when the second time began and ended."""
+        self._take(self._engine.first(self._prompts))
+        return [time.perf_counter(), self._take(self._engine.first(self._prompts))]
 
-    def _prefill(self) -> None:
-        self._tokens = self._engine.prefill(self._prompts).argmax(-1)
-        self._tokens[0].item()
+    def _further(self, count: int) -> list[float]:
+        """Return when each of so many tokens was there.
 
-    def _step(self) -> None:
-        self._tokens = self._engine.step(self._tokens).argmax(-1)
+        The first token after a stop pays for cold caches and sleeping threads, which a request served alone would not: its time is not
+        known by this, unless there is no other.
+        """
+        marks = [time.perf_counter()] if self._new_tokens == 2 else []
+        return [*marks, *(self._take(tokens) for tokens in self._engine.further(self._tokens, count))]
+
+    def _take(self, tokens: Tensor) -> float:
+        self._tokens = tokens
         self._tokens[0].item()  # on an accelerator, the wait for the token that a user would see
+        return time.perf_counter()
 
 
 class _Forward:

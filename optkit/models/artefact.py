@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from optkit.core import files
 from optkit.core.errors import ArtefactError
+from optkit.core.mesh import Mesh
 from optkit.core.subject import Execution, Kind, Step, Subject
+from optkit.engines.parallel.cut import Cut, cut, fill
+from optkit.engines.parallel.part import Part
 from optkit.kernels import LAYERS
 from optkit.models.architectures import is_public
 from optkit.models.architectures import kind_of as kind_of
@@ -40,6 +43,12 @@ class _Sizes(BaseModel, strict=True):
     shapes: dict[str, list[Annotated[int, Field(ge=0)]]]
 
 
+class _Mesh(BaseModel, strict=True):
+    data: Annotated[int, Field(ge=1)]
+    pipeline: Annotated[int, Field(ge=1)]
+    tensor: Annotated[int, Field(ge=1)]
+
+
 class _Step(BaseModel, strict=True):
     name: str
     settings: dict[str, Any]
@@ -55,7 +64,8 @@ class _Structure(BaseModel, strict=True, extra="allow"):
     class_: str = Field(alias="class")
     pretrained: bool
     trained: bool
-    replicas: Annotated[int, Field(ge=1)]
+    replicas: Annotated[int, Field(ge=1)] = 1
+    mesh: _Mesh | None = None
     history: list[_Step]
     layers: dict[str, _Layer]
     lists: dict[str, Annotated[int, Field(ge=0)]] = {}
@@ -90,23 +100,25 @@ def save(model: nn.Module | Subject, folder: str | Path) -> None:
         files.write_json(aside / MANIFEST, structure)
 
 
-def load(folder: str | Path, into: nn.Module | None = None) -> Subject:
+def load(folder: str | Path, into: nn.Module | None = None, part: Part | None = None) -> Subject:
     """Open what ``save`` wrote, after comparing every file with its digest.
 
     Args:
         folder: the artefact.
         into: for an artefact of a class that is not transformers' own: a fresh module of that class, which is used up.
+        part: what this process is to hold of a model that several processes hold together; no more than that is kept in memory.
 
     Raises:
         ArtefactError: the artefact is incomplete, changed or of a newer version.
         ModelError: it needs ``into``.
+        TransformError: it cannot be shared so.
     """
     folder = Path(folder)
     structure = _read_structure(files.verify(folder, MANIFEST), folder)
     module = _insert_layers(skeleton(folder, structure, into), structure["layers"])
     tie_dense(module)
     resize(module, structure.get("sizes", {}))
-    _assign(module, folder)
+    _assign(module, folder, part)
     return _subject(folder, module.eval(), structure, _tokenizer(folder))
 
 
@@ -125,6 +137,18 @@ def opens_alone(folder: str | Path) -> bool:
     """Say whether ``load`` can make the module of an artefact itself, without ``into``."""
     folder = Path(folder)
     return bool(_read_structure(files.read_json(folder / MANIFEST), folder)["pretrained"])
+
+
+def placement(folder: str | Path) -> tuple[Mesh, tuple[Step, ...]]:
+    """Return by how many processes an artefact is to be served, in which roles, and the history that tells more of it."""
+    folder = Path(folder)
+    structure = _read_structure(files.read_json(folder / MANIFEST), folder)
+    return _mesh(structure), tuple(Step(**step) for step in structure["history"])
+
+
+def _mesh(structure: dict[str, Any]) -> Mesh:
+    mesh = structure.get("mesh")
+    return Mesh(**mesh) if mesh is not None else Mesh(data=structure.get("replicas", 1))  # as it was written before there was a mesh
 
 
 def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -175,7 +199,7 @@ def _structure(subject: Subject) -> dict[str, Any]:
         "pretrained": as_described(subject.module) is not None,
         "members": members_of(subject.module),
         "trained": subject.trained,
-        "replicas": subject.replicas,
+        "mesh": asdict(subject.mesh),
         "opens_in": subject.opens_in,
         "execution": subject.execution,
         "history": [asdict(step) for step in subject.history],
@@ -232,35 +256,32 @@ def _insert(module: nn.Module, name: str, entry: dict[str, Any]) -> nn.Module:
     return module
 
 
-def _assign(module: nn.Module, folder: Path) -> None:
+def _assign(module: nn.Module, folder: Path, part: Part | None) -> None:
+    whole = set(distinct_tensors(module))
+    known = set(module.state_dict(keep_vars=True))
+    found = cut(module, part) if part is not None else Cut()
     tensors: dict[str, Tensor] = {}
+    names: set[str] = set()
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
-                # Copied out of the file mapping: an arm must not be timed on another kind of memory than its rival.
-                tensors |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+                for name in file.keys():  # noqa: SIM118
+                    names.add(name)
+                    new = found.renamed(name) if name in known else None
+                    if new is not None:
+                        # Copied out of the file mapping: an arm must not be timed on another kind of memory than its rival.
+                        tensors[new] = found.of(new, file.get_tensor(name))
         except (SafetensorError, OSError) as error:
             raise ArtefactError(f"{path} is damaged: {error}") from None
-    missing = sorted(distinct_tensors(module).keys() - tensors.keys())
-    state = module.state_dict()
-    unexpected = sorted(tensors.keys() - state.keys())
+    missing, unexpected = sorted(whole - names), sorted(names - known)
     if missing or unexpected:
         raise ArtefactError(f"{folder} does not fit its own structure: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    state = module.state_dict()
     wrong = [name for name, tensor in tensors.items() if tensor.shape != state[name].shape]
     if wrong:
         shapes = tuple(tensors[wrong[0]].shape), tuple(state[wrong[0]].shape)
         raise ArtefactError(f"{folder} does not fit its own structure: {wrong[0]} is {shapes[0]}, not {shapes[1]}")
-    twins = _twins(module)
-    module.load_state_dict(tensors, strict=False, assign=True)
-    for twin, name in twins.items():  # assigning has put a new tensor in the place of one of them alone
-        parent, _, attribute = twin.rpartition(".")
-        module.get_submodule(parent).register_parameter(attribute, module.get_parameter(name))
-
-
-def _twins(module: nn.Module) -> dict[str, str]:
-    first: dict[int, str] = {}
-    named = list(module.named_parameters(remove_duplicate=False))
-    return {name: first[id(parameter)] for name, parameter in named if first.setdefault(id(parameter), name) != name}
+    fill(module, tensors)
 
 
 def _subject(folder: Path, module: nn.Module, structure: dict[str, Any], tokenizer: Any) -> Subject:
@@ -270,7 +291,7 @@ def _subject(folder: Path, module: nn.Module, structure: dict[str, Any], tokeniz
         kind=structure["kind"],
         tokenizer=tokenizer,
         trained=structure["trained"],
-        replicas=structure["replicas"],
+        mesh=_mesh(structure),
         history=tuple(Step(**step) for step in structure["history"]),
     )
 

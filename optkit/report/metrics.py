@@ -14,11 +14,11 @@ Family = Literal["timing", "quality", "fidelity", "size"]
 TIMING = ("ttft_ms", "tpot_ms", "itl_p50_ms", "itl_p90_ms", "itl_p99_ms", "tokens_per_second")
 QUALITY = ("perplexity", "bits_per_byte", "token_accuracy")
 FIDELITY = ("kl_divergence", "top1_agreement", "greedy_match")
-SIZE = ("peak_memory_bytes", "artefact_bytes", "weight_bytes_per_token", "cache_bytes")
-ORDER = (*TIMING, *QUALITY, *FIDELITY, *SIZE, "read_bandwidth", "roof_share")
+SIZE = ("peak_memory_bytes", "peak_rank_memory_bytes", "artefact_bytes", "weight_bytes_per_token", "cache_bytes")
+ORDER = (*TIMING, *QUALITY, *FIDELITY, *SIZE, "read_bandwidth", "roof_share", "communication_share")
 HIGHER_IS_BETTER = ("tokens_per_second", "token_accuracy", "top1_agreement", "greedy_match", "read_bandwidth", "roof_share")
 
-_RATES = ("read_bandwidth", "roof_share")
+_RATES = ("read_bandwidth", "roof_share", "communication_share")
 _SHARES = ("share", "ratio", "fraction", "1")
 _STEPS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 

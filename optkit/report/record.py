@@ -159,6 +159,26 @@ class Compared(Record):
         return cls(arm=comparison.arm, metric=comparison.metric, verdict=comparison.verdict, **numbers)
 
 
+class Scaling(Record):
+    """The throughput of several ranks against that of another arm; ``efficiency`` is the ratio to as many times that arm."""
+
+    metric: str
+    against: str
+    ranks: Annotated[int, Field(ge=2)]
+    ratio: float | None
+    low: float | None
+    high: float | None
+    efficiency: float | None
+    verdict: Verdict
+
+    @classmethod
+    def of(cls, comparison: Comparison, against: str, ranks: int, times: int) -> Scaling:
+        """Return the record of a comparison with ``times`` of the other arm."""
+        numbers = {name: _finite(getattr(comparison, name)) for name in ("ratio", "low", "high")}
+        share = None if numbers["ratio"] is None else numbers["ratio"] / times
+        return cls(metric=comparison.metric, against=against, ranks=ranks, efficiency=share, verdict=comparison.verdict, **numbers)
+
+
 class Limit(Record):
     """A ratio that the recipe demands, and whether it held."""
 
@@ -180,6 +200,7 @@ class Report(Record):
     comparisons: tuple[Compared, ...] = ()
     noise: tuple[Compared, ...] = ()
     limits: tuple[Limit, ...] = ()
+    scaling: tuple[Scaling, ...] = ()
     notes: tuple[str, ...] = ()
 
     @model_validator(mode="after")

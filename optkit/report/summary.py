@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from optkit.report.metrics import base_of, family_of, in_order, interval, number, scale_of, spread, title_of
-from optkit.report.record import Arm, Compared, Limit, Metric, Report
+from optkit.report.record import Arm, Compared, Limit, Metric, Report, Scaling
 from optkit.report.text import plain
 
 BASELINE, OPTIMIZED, AGAIN, STEP = "baseline", "optimized", "baseline-again", "step-"
@@ -45,6 +45,7 @@ class Summary:
     blocks: tuple[Block, ...]
     speed: str
     noise: str
+    scaling: tuple[str, ...]
     limits: tuple[tuple[str, bool], ...]
     notes: tuple[str, ...]
 
@@ -58,6 +59,7 @@ def summarize(report: Report) -> Summary:
         blocks=_blocks(report),
         speed=_speed(report),
         noise=_noise(report),
+        scaling=tuple(_scaled(report, entry) for entry in report.scaling),
         limits=tuple((_limit(limit), limit.held) for limit in report.limits),
         notes=_notes(report),
     )
@@ -208,6 +210,15 @@ def _noise(report: Report) -> str:
             judged = "" if entry.verdict == "same" else f" ({entry.verdict})"
             told.append(f"{plain(metric, 60)} {spread(entry.ratio, entry.low, entry.high)}{judged}")
     return ", ".join(told) or "not measured"
+
+
+def _scaled(report: Report, entry: Scaling) -> str:
+    ratio = interval(entry.ratio, entry.low, entry.high)
+    if report.arms[entry.against].ranks == 1 and entry.efficiency is not None and entry.efficiency != entry.ratio:
+        other = f"one process with as many threads as each of them: efficiency {number(entry.efficiency)}"
+    else:
+        other = f"one process with the threads of all: {entry.verdict}"
+    return f"{entry.ranks} processes reach {ratio} of the {plain(entry.metric, 60)} of {other}"
 
 
 def _limit(limit: Limit) -> str:

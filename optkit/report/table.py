@@ -36,6 +36,7 @@ def to_terminal(report: Report) -> RenderableType:
         parts += [_block_table(block), Padding(Text(block.about, style="dim"), (0, 0, 1, 1))]
     parts.append(_line("speed", summary.speed))
     parts.append(_line("noise floor", f"baseline against itself: {summary.noise}"))
+    parts += [_line("scaling", text) for text in summary.scaling]
     parts += [_line("limit", text, "green" if held else "bold red") for text, held in summary.limits]
     parts += [_line("note", note) for note in summary.notes]
     return Group(*parts)
@@ -52,6 +53,7 @@ def to_markdown(report: Report) -> str:
         lines += ["", *markdown_table(block.headers, block.rows), "", for_markdown(block.about, 1000)]
     lines += ["", f"- speed: {for_markdown(summary.speed)}"]
     lines.append(f"- noise floor (baseline against itself): {for_markdown(summary.noise, 2000)}")
+    lines += [f"- scaling: {for_markdown(text)}" for text in summary.scaling]
     lines += [f"- limit: {for_markdown(text)}" for text, _ in summary.limits]
     lines += [f"- note: {for_markdown(note)}" for note in summary.notes]
     return "\n".join(lines) + "\n"

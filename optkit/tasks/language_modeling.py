@@ -93,7 +93,7 @@ class LanguageModeling(Task):
                 top1.append(logits.argmax(-1).int())
                 distributions.append(log_probabilities)
         greedy = self._continue(subject, engine, group)
-        if keep is not None:
+        if keep is not None and group.leads:
             mine = greedy[group.rows(len(greedy))]
             best = _stacked(top1, torch.int32, positions)
             Answers(best, _stacked(distributions, torch.float32, len(kept), vocabulary), mine).write(keep, group.rank)
@@ -137,9 +137,9 @@ class LanguageModeling(Task):
     def _continue(self, subject: Subject, engine: Any, group: Group) -> Tensor:
         prompts = self.prompts(subject, _PROMPTS, _PROMPT_TOKENS)
         mine = prompts[group.rows(len(prompts))]
-        tokens = [engine.prefill(mine).argmax(-1)] if len(mine) else []
-        while tokens and len(tokens) < _CONTINUED_TOKENS:
-            tokens.append(engine.step(tokens[-1]).argmax(-1))
+        tokens = [engine.first(mine)] if len(mine) else []
+        if tokens:
+            tokens += engine.further(tokens[0], _CONTINUED_TOKENS - 1)
         engine.reset()
         return torch.tensor(group.join(torch.stack(tokens, 1).tolist() if tokens else []))
 

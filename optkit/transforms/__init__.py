@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from optkit.transforms.merge.ensemble import Ensemble as Ensemble
     from optkit.transforms.merge.merge import Merge as Merge
     from optkit.transforms.parallel.data_parallel import DataParallel as DataParallel
+    from optkit.transforms.parallel.pipeline_parallel import PipelineParallel as PipelineParallel
+    from optkit.transforms.parallel.tensor_parallel import TensorParallel as TensorParallel
     from optkit.transforms.prune.drop_layers import DropLayers as DropLayers
     from optkit.transforms.prune.magnitude import Magnitude as Magnitude
     from optkit.transforms.prune.prune_channels import PruneChannels as PruneChannels
@@ -61,6 +63,8 @@ TRANSFORMS: Registry[Transform] = Registry(
         "compile": "optkit.transforms.runtime.compile:Compile",
         "kv_cache": "optkit.transforms.runtime.kv_cache:KvCache",
         "data_parallel": "optkit.transforms.parallel.data_parallel:DataParallel",
+        "tensor_parallel": "optkit.transforms.parallel.tensor_parallel:TensorParallel",
+        "pipeline_parallel": "optkit.transforms.parallel.pipeline_parallel:PipelineParallel",
     },
 )
 
@@ -82,6 +86,7 @@ __all__ = [
     "Merge",
     "Mixed",
     "Nf4",
+    "PipelineParallel",
     "Plan",
     "PruneChannels",
     "PruneFfn",
@@ -92,6 +97,7 @@ __all__ = [
     "Sparse",
     "Sparsegpt",
     "Stage",
+    "TensorParallel",
     "Transform",
     "Wanda",
 ]

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optkit.core.group import Group
+from optkit.core.mesh import Mesh
 
 
 @given(count=st.integers(0, 200), size=st.integers(1, 17))
@@ -27,5 +28,12 @@ def test_a_group_of_one_keeps_values_and_does_not_wait() -> None:
 
 
 def test_the_slowest_rank_counts_at_each_position(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Group, "join", lambda self, values: [[1.0, 9.0], [], [4.0, 2.0]])
+    monkeypatch.setattr(Group, "_gather", lambda self, values: [[1.0, 9.0], [], [4.0, 2.0]])
     assert Group(0, 3).slowest([1.0, 9.0]) == [4.0, 9.0]
+
+
+def test_rows_go_to_replicas_and_the_first_process_of_each_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [Group(rank, 4, Mesh(data=2, tensor=2)) for rank in range(4)]
+    assert [group.rows(5) for group in groups] == [slice(0, 3), slice(0, 3), slice(3, 5), slice(3, 5)]
+    monkeypatch.setattr(Group, "_gather", lambda self, values: [["a", "b"], ["a", "b"], ["c"], ["c"]])
+    assert groups[0].join(["a", "b"]) == ["a", "b", "c"]

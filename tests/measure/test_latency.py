@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from optkit.core.group import Group
 from optkit.core.subject import Subject
+from optkit.engines.greedy import Greedy
 from optkit.measure import METERS, latency
 from optkit.measure.contract import Opened
 from optkit.measure.latency import Latency
@@ -28,7 +29,7 @@ class Clock:
         return self.now
 
 
-class SlowEngine:
+class SlowEngine(Greedy):
     """A prefill takes 50 ms, the n-th step since the last prefill n ms, a pass 7 ms."""
 
     def __init__(self, clock: Clock) -> None:
@@ -116,8 +117,8 @@ class Pair(Group):
     def wait(self) -> None:
         return
 
-    def join(self, values: Any) -> list[Any]:
-        return [*values, *([2 * time for time in times] for times in values)]
+    def _gather(self, values: list[Any]) -> list[list[Any]]:
+        return [values, [2 * time for time in values]]
 
 
 def test_ranks_share_the_batch_and_the_slowest_counts(engine: SlowEngine) -> None:
@@ -130,8 +131,8 @@ def test_a_rank_without_work_waits_and_measures_nothing(engine: SlowEngine) -> N
     meter = Latency(new_tokens=4)
 
     class Idle(Pair):
-        def join(self, values: Any) -> list[Any]:
-            assert list(values) == [[]]
+        def _gather(self, values: list[Any]) -> list[list[Any]]:
+            assert values == []
             return [[5.0, 6.0], []]
 
     assert meter.session(opened(engine), 1, Idle(1, 2)).block() == {"ttft_ms": [5.0, 6.0]}

@@ -69,7 +69,7 @@ def test_everything_about_a_subject_comes_back(subject: Subjects, logits: Logits
     done = Int4().apply(Magnitude().apply(DropLayers(layers=(0,)).apply(whole)))
     optkit.save(done, tmp_path / "saved")
     again = optkit.load(tmp_path / "saved")
-    fields = ("source", "kind", "trained", "replicas", "history", "execution", "opens_in")
+    fields = ("source", "kind", "trained", "mesh", "history", "execution", "opens_in")
     assert [getattr(again, name) for name in fields] == [getattr(done, name) for name in fields]
     assert again.tokenizer.get_vocab() == done.tokenizer.get_vocab()
     assert again.module.generation_config.max_length == 77  # type: ignore[union-attr]
@@ -105,8 +105,8 @@ def test_plain_transformers_refuses_packed_weights_and_opens_no_random_ones(save
     [
         lambda content: content.update(layers=[1]),
         lambda content: content.update(history=[{"x": 1}]),
-        lambda content: content.update(replicas="x"),
-        lambda content: content.update(replicas=0),
+        lambda content: content.update(mesh="x"),
+        lambda content: content["mesh"].update(tensor=0),
         lambda content: content.update(source=5),
         lambda content: content.pop("history"),
         lambda content: content["layers"]["lm_head"].pop("layout"),

@@ -47,6 +47,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "compile": {},
     "kv_cache": {},
     "data_parallel": {"size": 2},
+    "tensor_parallel": {"size": 2},
+    "pipeline_parallel": {"size": 2, "stages": (2, 1)},
 }
 NOT_FOR_BARE_MODULES = {
     "drop_layers": "no list of repeated blocks",
@@ -55,6 +57,8 @@ NOT_FOR_BARE_MODULES = {
     "prune_heads": "is no model of transformers",
     "prune_hidden": "is no model of transformers",
     "data_parallel": "a bare module has no place",
+    "tensor_parallel": "a bare module has no place",
+    "pipeline_parallel": "a bare module has no place",
     "compile": "a bare module has none",
     "kv_cache": "a bare module has none",
     "smoothquant": "no place in Sequential",

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from optkit.core.errors import TransformError
+from optkit.core.mesh import Mesh
 from optkit.core.subject import Subject
 from optkit.transforms import DataParallel, Plan
 
@@ -16,7 +17,7 @@ from optkit.transforms import DataParallel, Plan
 def test_the_subject_knows_its_ranks_and_the_module_is_the_same(subject: Callable[..., Subject]) -> None:
     whole = subject()
     placed = DataParallel(size=3).apply(whole)
-    assert placed.replicas == 3
+    assert placed.mesh == Mesh(data=3)
     assert placed.module is whole.module
 
 
@@ -30,7 +31,7 @@ def test_batches_that_leave_ranks_without_work_are_refused(subject: Callable[...
 
 def test_a_second_placement_is_refused(subject: Callable[..., Subject]) -> None:
     placed = DataParallel(size=2).apply(subject())
-    with pytest.raises(TransformError, match="data-parallel over 2 ranks already"):
+    with pytest.raises(TransformError, match="has data_parallel over 2 ranks already"):
         DataParallel(size=2).check(Plan(placed, batch_sizes=(8,)))
 
 

@@ -49,6 +49,7 @@ class Distill(TrainingTransform):
             raise TransformError("distill heals a trained model, and the weights of this one are random; leave it out to measure its speed")
         if not (self.logits or self.hidden or self.attention or self.next_token):
             raise TransformError("nothing would be learned: give logits, hidden, attention or next_token a weight above 0")
+        self.refuse_idle_ranks()
         if self.gradual is not None:
             self.gradual.check(plan)
 

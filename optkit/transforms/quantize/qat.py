@@ -50,6 +50,7 @@ class Qat(TrainingTransform):
         """Refuse what ``int4`` or ``int8`` would refuse, and random weights."""
         if not plan.subject.trained:
             raise TransformError("qat heals a trained model, and the weights of this one are random; use int4 or int8 to measure its speed")
+        self.refuse_idle_ranks()
         self._packing().check(plan)
 
     def preview(self, subject: Subject) -> Subject:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from optkit.core.errors import TransformError
 from optkit.transforms.contract import Transform
 from optkit.transforms.training.loop import Course
 
@@ -22,6 +23,7 @@ class TrainingTransform(Transform):
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="type of the products while it trains; weights, averages and losses are float32 in either case"
     )
+    ranks: Annotated[int, Field(ge=1, le=64)] = Field(default=1, description="processes that share every batch, by rows")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="draws the order of the data, and the dropout")
 
     @property
@@ -33,6 +35,16 @@ class TrainingTransform(Transform):
     def data_items(self) -> int:
         """As many windows as are trained on."""
         return self.steps * self.batch_size * self.accumulation
+
+    def refuse_idle_ranks(self) -> None:
+        """Refuse more processes than a batch has rows.
+
+        Raises:
+            TransformError: with the numbers.
+        """
+        if self.ranks > self.batch_size:
+            remedy = f"use ranks {self.batch_size}, or a larger batch_size"
+            raise TransformError(f"{self.ranks} ranks cannot share batches of {self.batch_size}; {remedy}")
 
     def course(self) -> Course:
         """Return how the loop trains."""

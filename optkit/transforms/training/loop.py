@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from optkit.core.errors import TransformError
 from optkit.core.subject import Calibration
 from optkit.transforms.training.checkpoints import Checkpoints, fingerprint
+from optkit.transforms.training.shared import SharedSteps
 from optkit.transforms.training.zeros import Zeros
 
 Batch = Mapping[str, Tensor]
@@ -56,6 +57,9 @@ def heal(
     Weights that are exactly zero stay zero: what pruning has taken stays taken. In memory at once: the student's parameters, their
     gradients and two averages of these.
 
+    Where ``data.group`` has several processes, each takes its rows of every batch, and gradients are added up (by accelerate): the same
+    weights come out of it everywhere, and but for rounding the same as from one process.
+
     Where ``data.checkpoints`` names a folder, the state is kept there about once a minute, and a training that was interrupted goes
     on from the last state that is whole.
 
@@ -79,9 +83,11 @@ def heal(
     zeros = Zeros(student)
     optimizer = torch.optim.AdamW(parameters, lr=course.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches = _endless(data.batches, course)
+    shared = SharedSteps(data.group, parameters)
     with _drawing(course.seed), _mode(student, course.dropout):
         kept = _checkpoints(student, data, course, optimizer)
         losses = kept.restore(data.tell) if kept else []
+        shared.begin()
         if after_step and losses:
             zeros.note()
         for _ in islice(batches, len(losses) * course.accumulation):
@@ -89,12 +95,12 @@ def heal(
         saved, progress = time.monotonic(), _Progress(data.tell, course.steps, losses)
         try:
             while len(losses) < course.steps:
-                losses.append(_step(student, loss_of, batches, course, optimizer, len(losses) + 1))
+                losses.append(_step(student, loss_of, batches, course, optimizer, len(losses) + 1, shared))
                 zeros.apply()
                 if after_step:
                     after_step(len(losses))
                     zeros.note()
-                if kept and len(losses) < course.steps and time.monotonic() - saved >= keep_every_s:
+                if kept and shared.leads and len(losses) < course.steps and time.monotonic() - saved >= keep_every_s:
                     kept.save(losses)
                     saved = time.monotonic()
                 progress.step()
@@ -122,18 +128,28 @@ class _Progress:
 
 
 def _step(
-    student: nn.Module, loss_of: Loss, batches: Iterator[Batch], course: Course, optimizer: torch.optim.Optimizer, step: int
+    student: nn.Module,
+    loss_of: Loss,
+    batches: Iterator[Batch],
+    course: Course,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    shared: SharedSteps,
 ) -> float:
     total = 0.0
     for group in optimizer.param_groups:
         group["lr"] = course.learning_rate * _share(step, course.steps)
     optimizer.zero_grad(set_to_none=True)
+    shared.draw(course.seed, step)
     with torch.enable_grad():
         for batch in islice(batches, course.accumulation):
-            with torch.autocast("cpu", torch.bfloat16, enabled=course.precision == "bfloat16"):
-                loss = loss_of(student, batch) / course.accumulation
-            loss.backward()
-            total += float(loss.detach())
+            own, share = shared.rows(batch)
+            if share:
+                with torch.autocast("cpu", torch.bfloat16, enabled=course.precision == "bfloat16"):
+                    loss = loss_of(student, own) * (share / course.accumulation)
+                loss.backward()
+                total += float(loss.detach())
+    total = shared.add_up(total)
     if not math.isfinite(total):
         raise TransformError(f"the loss is {total} at step {step}; use a learning_rate below {course.learning_rate}")
     optimizer.step()
@@ -143,7 +159,8 @@ def _step(
 def _checkpoints(student: nn.Module, data: Calibration, course: Course, optimizer: torch.optim.Optimizer) -> Checkpoints | None:
     if data.checkpoints is None:
         return None
-    return Checkpoints(data.checkpoints, fingerprint(student, data.batches, asdict(course)), student, optimizer)
+    start = asdict(course) | ({"ranks": data.group.size} if data.group.size > 1 else {})
+    return Checkpoints(data.checkpoints, fingerprint(student, data.batches, start), student, optimizer)
 
 
 @contextmanager

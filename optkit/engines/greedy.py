@@ -1,0 +1,30 @@
+"""The greedy choice of tokens, one after another: what is timed, and what engines that overlap tokens do in their own way."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+from torch import Tensor
+
+
+class Greedy:
+    """The base of engines that give the logits of each step."""
+
+    @abstractmethod
+    def prefill(self, input_ids: Tensor) -> Tensor:
+        """Take (b, p) input ids, fill the cache and return the (b, v) logits of the last position."""
+
+    @abstractmethod
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Take (b,) token ids, one for each sequence, and return their (b, v) logits."""
+
+    def first(self, input_ids: Tensor) -> Tensor:
+        """Take (b, p) input ids, fill the cache and return the (b,) most likely next tokens."""
+        return self.prefill(input_ids).argmax(-1)
+
+    def further(self, token_ids: Tensor, count: int) -> Iterator[Tensor]:
+        """Go on from (b,) tokens, and yield the (b,) next ones so many times."""
+        for _ in range(count):
+            token_ids = self.step(token_ids).argmax(-1)
+            yield token_ids

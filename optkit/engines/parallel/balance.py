@@ -1,0 +1,73 @@
+"""Stages of about equal time, from the measured time of each block, of what stands before them and of what follows."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from optkit.engines.eager import EagerEngine
+from optkit.engines.parallel.stages import block_list
+
+_PROMPT, _STEPS = 16, 6
+
+
+class Times(NamedTuple):
+    """Seconds of one step: before the first block, of each block, and after the last."""
+
+    before: float
+    blocks: tuple[float, ...]
+    after: float
+
+
+@torch.inference_mode()
+def step_times(module: Any) -> Times:
+    """Return the median times of steps of one token."""
+    _, listed = block_list(module)
+    marks: list[float] = []
+    handles = [listed[0].register_forward_pre_hook(lambda *_: marks.append(time.perf_counter()))]
+    handles += [block.register_forward_hook(lambda *_: marks.append(time.perf_counter())) for block in listed]
+    engine, rows = EagerEngine(module), []
+    vocabulary = int(module.config.vocab_size)
+    try:
+        tokens = engine.prefill(torch.arange(_PROMPT)[None] % vocabulary).argmax(-1)
+        for _ in range(_STEPS):
+            marks.clear()
+            start = time.perf_counter()
+            tokens = engine.step(tokens).argmax(-1)
+            edges = [start, *marks, time.perf_counter()]
+            rows.append([end - begin for begin, end in pairwise(edges)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    first, *blocks, last = (median(column) for column in zip(*rows, strict=True))
+    return Times(first, tuple(blocks), last)
+
+
+def balanced(times: Times, stages: int) -> tuple[int, ...]:
+    """Return how many blocks each stage has, so that the slowest stage is as fast as can be.
+
+    The law: of all cuts into consecutive stages of at least one block, one with the least maximum; found by dynamic programming.
+    """
+    depth = len(times.blocks)
+    sums = [0.0]
+    for each in times.blocks:
+        sums.append(sums[-1] + each)
+
+    def cost(stage: int, start: int, end: int) -> float:
+        ends = (times.before if stage == 0 else 0.0) + (times.after if stage == stages - 1 else 0.0)
+        return sums[end] - sums[start] + ends
+
+    best: list[dict[int, tuple[float, tuple[int, ...]]]] = [{0: (0.0, ())}]
+    for stage in range(stages):
+        found: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for start, (so_far, counts) in best[-1].items():
+            for end in range(start + 1, depth - (stages - stage - 1) + 1):
+                worst = max(so_far, cost(stage, start, end))
+                if end not in found or worst < found[end][0]:
+                    found[end] = (worst, (*counts, end - start))
+        best.append(found)
+    return best[-1][depth][1]
