@@ -166,6 +166,7 @@ def test_the_public_names_of_the_transforms_stay() -> None:
         "Merge",
         "Mixed",
         "Nf4",
+        "PipelineParallel",
         "PruneChannels",
         "PruneFfn",
         "PruneHeads",
@@ -174,6 +175,7 @@ def test_the_public_names_of_the_transforms_stay() -> None:
         "Smoothquant",
         "Sparse",
         "Sparsegpt",
+        "TensorParallel",
         "Wanda",
     ]
     assert sorted(optkit.transforms.__all__) == sorted(["TRANSFORMS", "Calibration", "Plan", "Stage", "Transform", *classes])

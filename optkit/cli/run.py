@@ -45,13 +45,13 @@ def run_command(
             progress=progress,
             command=shlex.join(["optkit", *sys.argv[1:]]),
         )
-    place = out / report.run.name / report.run.id
+    written = out / report.run.name / report.run.id
     if as_json:
         sys.stdout.write(report.to_json())
     else:
         from optkit.report.table import print_table
 
         print_table(report)
-        sys.stdout.write(f"\nwritten to {place}: report.html, report.json, table.md, samples.csv, artefact/\n")
+        sys.stdout.write(f"\nwritten to {written}: report.html, report.json, table.md, samples.csv, artefact/\n")
     if not report.held:
         raise typer.Exit(1)

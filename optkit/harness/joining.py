@@ -64,16 +64,17 @@ class Meeting:
         Raises:
             OptkitError: the port is taken, or nobody is there.
         """
-        import torch.distributed as dist
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+        from torch.distributed.rendezvous import rendezvous
 
         environment = {"RANK": str(place.rank), "WORLD_SIZE": str(place.size)}
         os.environ.update({**environment, "MASTER_ADDR": place.address, "MASTER_PORT": str(place.port)})
         self.place = place
         try:
-            store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_S))))
+            store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=JOIN_S))))
         except (RuntimeError, ValueError, OSError) as error:
             raise OptkitError(_why(place, str(error))) from None
-        self._store = dist.PrefixStore(f"optkit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        self._store = PrefixStore(f"optkit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self._store.set_timeout(timedelta(seconds=JOIN_S))
 
     def tell(self, key: str, value: Any) -> None:

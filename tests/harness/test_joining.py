@@ -54,6 +54,7 @@ def start(tmp_path: Path, port: int, tiny_recipe: Any) -> Iterator[Start]:
     for process in started:
         if process.poll() is None:
             process.kill()
+        if process.stdout is not None and not process.stdout.closed:
             process.communicate()
 
 

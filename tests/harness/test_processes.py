@@ -16,6 +16,7 @@ import pytest
 from whole_runs import HERE, ROOT, classifier_recipe, workers_of
 
 from optkit.core.errors import ArmError, OptkitError, ResourceError
+from optkit.harness import processes
 from optkit.harness.processes import LazyWorkers, Workers
 from optkit.harness.pulse import Pulse
 from optkit.recipe.reading import recipe_from_dict
@@ -198,9 +199,27 @@ def test_a_rank_that_hangs_is_named_when_the_deadline_is_over(tmp_path: Path) ->
     with Workers("optimized", 1, tmp_path, ranks=2) as workers:
         assert len(workers.ask_all("memory")) == 2
         rank(1).send_signal(signal.SIGSTOP)
-        with pytest.raises(ArmError, match=r"^optimized rank 1 did not answer within 1 s"):
+        with pytest.raises(ArmError, match=r"^no answer for 1 s: optimized rank 1 hangs: something has stopped the process; what"):
             workers.ask("memory", 1)
     assert mine() == []
+
+
+def test_ranks_that_do_nothing_are_given_up_long_before_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "HANG_S", 3.0)
+    with Workers("optimized", 1, tmp_path, ranks=2) as workers:
+        assert len(workers.ask_all("memory")) == 2
+        rank(1).send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(ArmError, match=r"^no answer for [3-6] s: optimized rank 1 hangs: something has stopped the process"):
+            workers.ask("memory")
+        assert time.monotonic() - start < 10
+    assert mine() == []
+
+
+def test_where_a_worker_sleeps_is_told_by_line(workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "HANG_S", 3.0)
+    with pytest.raises(ArmError, match=r"baseline hangs: in sleeps \(tiny_workloads\.py, line \d+\)"):
+        prepare(workers, "sleeps", tmp_path / "a")
 
 
 def rank(number: int) -> psutil.Process:

@@ -53,6 +53,11 @@ def undefined() -> tuple[nn.Module, LoaderTask]:
     return module, task.model_copy(update={"score": lambda output, batch: output[:, 0].masked_fill(batch["labels"] == 0, float("nan"))})
 
 
+def sleeps() -> None:
+    """Never come back."""
+    time.sleep(600)
+
+
 def refuses() -> None:
     raise DataError("this data cannot be used; give other data")
 

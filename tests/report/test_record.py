@@ -22,7 +22,7 @@ def test_a_report_comes_back_from_its_json_unchanged(make_report, tmp_path):
 def test_json_has_the_keys_of_the_contract(make_report):
     document = json.loads(make_report().to_json())
     assert document["schema"] == SCHEMA
-    assert set(document) == {"schema", "run", "environment", "model", "data", "arms", "comparisons", "noise", "limits", "notes"}
+    assert set(document) == {"schema", "run", "environment", "model", "data", "arms", "comparisons", "noise", "limits", "scaling", "notes"}
     assert set(document["run"]) == {"id", "name", "started", "seconds", "quick", "recipe_sha256", "stopped_because", "command"}
     optimized = document["arms"]["optimized"]
     assert set(optimized) == {"label", "history", "execution", "opens_in", "dtype", "ranks", "notes", "metrics"}

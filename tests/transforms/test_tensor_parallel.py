@@ -90,7 +90,7 @@ def test_stages_refuse_compiled_steps_and_quantized_caches(subject: Subjects) ->
 
 
 def test_shards_refuse_graphs_of_torch_compile(subject: Subjects) -> None:
-    with pytest.raises(TransformError, match="compiled steps cannot run on shards: no graph of torch.compile has sums"):
+    with pytest.raises(TransformError, match="compiled steps cannot run on shards: no graph of"):
         TensorParallel().check(Plan(Compile(backend="inductor").apply(subject())))
 
 

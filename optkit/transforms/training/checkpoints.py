@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,13 @@ class Checkpoints:
         self._start = start
         self._student = student
         self._optimizer = optimizer
+        self._saved = time.monotonic()
+
+    def save_where_due(self, losses: Sequence[float], every_s: float) -> None:
+        """Save where the last time, or the beginning, is so long ago."""
+        if time.monotonic() - self._saved >= every_s:
+            self.save(losses)
+            self._saved = time.monotonic()
 
     def save(self, losses: Sequence[float]) -> None:
         """Keep the state after so many steps as there are losses, then let go of all but the last two."""

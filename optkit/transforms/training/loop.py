@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -57,8 +58,7 @@ def heal(
     Weights that are exactly zero stay zero: what pruning has taken stays taken. In memory at once: the student's parameters, their
     gradients and two averages of these.
 
-    Where ``data.group`` has several processes, each takes its rows of every batch, and gradients are added up (by accelerate): the same
-    weights come out of it everywhere, and but for rounding the same as from one process.
+    Where ``data.group`` has several processes, each takes its rows of every batch, and their gradients are added up.
 
     Where ``data.checkpoints`` names a folder, the state is kept there about once a minute, and a training that was interrupted goes
     on from the last state that is whole.
@@ -90,9 +90,8 @@ def heal(
         shared.begin()
         if after_step and losses:
             zeros.note()
-        for _ in islice(batches, len(losses) * course.accumulation):
-            pass
-        saved, progress = time.monotonic(), _Progress(data.tell, course.steps, losses)
+        deque(islice(batches, len(losses) * course.accumulation), maxlen=0)  # those that these steps have seen
+        progress = _Progress(data.tell, course.steps, losses)
         try:
             while len(losses) < course.steps:
                 losses.append(_step(student, loss_of, batches, course, optimizer, len(losses) + 1, shared))
@@ -100,9 +99,8 @@ def heal(
                 if after_step:
                     after_step(len(losses))
                     zeros.note()
-                if kept and shared.leads and len(losses) < course.steps and time.monotonic() - saved >= keep_every_s:
-                    kept.save(losses)
-                    saved = time.monotonic()
+                if kept and shared.leads and len(losses) < course.steps:
+                    kept.save_where_due(losses, keep_every_s)
                 progress.step()
         finally:
             optimizer.zero_grad(set_to_none=True)

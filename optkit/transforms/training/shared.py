@@ -1,4 +1,7 @@
-"""Steps that several processes take together: each its rows of a batch, with the gradients added up. One process is the usual case."""
+"""Steps that several processes take together: each its rows of a batch, with the gradients added up by accelerate.
+
+The same weights come out of it everywhere, and but for rounding the same as from one process, which is the usual case.
+"""
 
 from __future__ import annotations
 

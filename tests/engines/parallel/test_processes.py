@@ -53,7 +53,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], l
             if not (sizes[1] > 1 and "native" in name):
                 jobs.append((str(folder / name), sizes, WANTED))
                 keys.append((name, mesh))
-    found = {(name, "one"): part for name, part in zip(MODELS, serve(1, [(str(folder / name), [1, 1, 1], WANTED) for name in MODELS], folder), strict=True)}
+    alone = [(str(folder / name), [1, 1, 1], WANTED) for name in MODELS]
+    found = {(name, "one"): part for name, part in zip(MODELS, serve(1, alone, folder), strict=True)}
     return found | dict(zip(keys, serve(4, jobs, folder), strict=True))
 
 

@@ -42,7 +42,7 @@ def build() -> Build:
     def make(name: str, **changes: Any) -> nn.Module:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        module: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **CONFIGURATIONS[name], **changes)).eval()
+        module: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**CONFIGURATIONS[name], **changes})).eval()
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.normal_(0, 0.1) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -65,7 +65,7 @@ def test_the_parts_of_every_architecture_answer_like_the_whole(name: str, transf
     "transform",
     [
         Dtype(dtype="bfloat16"),
-        Int8(head=True),
+        Int8(embedding=True),
         LowRank(method="plain"),
         PruneFfn(ratio=0.5, multiple=32, importance="magnitude", compensation="none"),
     ],
