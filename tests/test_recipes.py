@@ -37,6 +37,7 @@ QUICKER = {
     "prune_heads50": ("transforms.1.distill.steps=2",),
     "pruned25": ("transforms.2.distill.steps=2",),
     "low_rank20": ("transforms.0.low_rank.targets={include: ['*.layers.0.*']}",),
+    "distill-ranks2": ("transforms.1.distill.steps=2",),
     "composed": ("transforms.2.distill.steps=2",),
 }
 TEXTS = "optkit/harness/*.py"  # a small corpus: that of the standard library takes every process some seconds

@@ -12,6 +12,7 @@ from optkit.engines.kv_cache import KvCacheEngine
 from optkit.engines.native import NativeEngine, refusal
 from optkit.engines.parallel.part import Part
 from optkit.engines.pipelined import PipelineEngine
+from optkit.kernels.peers import SharedPeers
 
 
 def engine_for(subject: Subject, part: Part | None = None) -> Engine | ForwardEngine:
@@ -57,8 +58,16 @@ def refusal_of_parts(subject: Subject, mesh: Mesh) -> str | None:
     return None
 
 
-def told(engine: Engine | ForwardEngine) -> str | None:
-    """Return how the engine executes, for a report; None for the model's own forward."""
+def told(engine: Engine | ForwardEngine, part: Part | None = None) -> str | None:
+    """Return how the engine executes, for a report, and how parts of a model meet; None for the model's own forward as a whole."""
+    ways = [_told(engine)]
+    if part is not None and part.peers is not None:
+        way = "in shared memory" if isinstance(part.peers, SharedPeers) else "over the network, by gloo"
+        ways.append(f"sums over {part.mesh.tensor} shards {way}")
+    return "; ".join(way for way in ways if way) or None
+
+
+def _told(engine: Engine | ForwardEngine) -> str | None:
     if isinstance(engine, PipelineEngine):
         counts = " and ".join(map(str, engine.part.stages)) or "as many"
         return f"stages of {counts} blocks, {engine.part.micro_batches} micro-batches, by the model's own forward"

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from optkit.core.errors import ArmError
+from optkit.core.errors import ArmError, OptkitError
 from optkit.harness.joining import Meeting, interface_of, own_address
 from optkit.harness.members import Worker
 
@@ -27,8 +27,11 @@ def serve(meeting: Meeting, recipe_sha256: str) -> int:
     where = meeting.hear("control", "rank 0")
     if where.get("refused"):
         raise ArmError(f"rank 0 has ended: {where['refused']}")
-    with _Agent(place.rank, where, interface_of(address)) as agent:
-        return agent.serve()
+    try:
+        with _Agent(place.rank, where, interface_of(address)) as agent:
+            return agent.serve()
+    except OSError:
+        raise ArmError("rank 0 is lost; what it had finished is kept by it") from None
 
 
 class _Agent:
@@ -38,6 +41,7 @@ class _Agent:
         self._where = where
         self._interface = interface
         self._workers: dict[int, Worker] = {}
+        self._readers: dict[int, threading.Thread] = {}
         self._control = self._call({"rank": rank})
 
     def serve(self) -> int:
@@ -49,7 +53,7 @@ class _Agent:
                     return int(request["exit_code"])
                 try:
                     answer = getattr(self, f"do_{request['do']}")(**request["with"])
-                except OSError as error:
+                except (OSError, OptkitError) as error:
                     answer = {"refused": str(error)}
                 self._control.sendall((json.dumps(answer) + "\n").encode())
         raise ArmError("rank 0 is lost; what it had finished is kept by it")
@@ -61,7 +65,8 @@ class _Agent:
         worker = Worker(name, threads, Path(log), rank, ranks, meeting, self._interface)
         self._workers[number] = worker
         line = self._call({"number": number})
-        threading.Thread(target=_pass_on, args=(worker, line), daemon=True).start()
+        self._readers[number] = threading.Thread(target=_pass_on, args=(worker, line), daemon=True)
+        self._readers[number].start()
         threading.Thread(target=_pass_back, args=(worker, line), daemon=True).start()
         return {}
 
@@ -88,6 +93,8 @@ class _Agent:
         """End a process."""
         worker = self._workers.pop(number, None)
         if worker is not None:
+            worker.signal(signal.SIGKILL)
+            self._readers.pop(number).join(5)  # it must not read from a number that stands for another pipe by then
             worker.end()
         return {}
 
@@ -95,6 +102,10 @@ class _Agent:
         line = socket.create_connection((self._where["address"], self._where["port"]), timeout=20)
         line.settimeout(None)
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, option):
+                line.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         line.sendall((json.dumps({"token": self._where["token"], **greeting}) + "\n").encode())
         return line
 

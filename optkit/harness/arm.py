@@ -34,6 +34,7 @@ from optkit.recipe.reading import recipe_from_dict
 from optkit.transforms import Dtype
 
 Tell = Callable[[str], None]
+_PATIENCE_S = 1800  # while another rank saves, or computes; one that hangs is noticed by the parent
 
 
 class Arm:
@@ -107,7 +108,7 @@ class Arm:
                     found,
                     untouched=lambda: _load(baseline, workload).module,
                     open_model=lambda spec: open_model(spec).module,
-                    group=self._group,
+                    group=self._group if getattr(step, "ranks", 1) > 1 else Group(),
                     checkpoints=Path(checkpoints) / f"{number}-{step.step().name}",
                     tell=lambda text, doing=doing: self._tell(f"{doing}: {text}"),  # type: ignore[misc]
                 )
@@ -147,7 +148,7 @@ class Arm:
             "parts": mesh.parts,
             "opening_peak_bytes": peak_bytes(self._device),
             "weight_bytes_per_token": weight_bytes_per_token(subject.module),
-            "engine": told(self._opened.engine),
+            "engine": told(self._opened.engine, part),
             "kernels": _kernels(subject.module, self._device),
         }
 
@@ -211,7 +212,7 @@ def _join(rank: int, ranks: int, meeting: str) -> Group:
     import torch.distributed as dist
     from accelerate import PartialState
 
-    limit = timedelta(seconds=60)
+    limit = timedelta(seconds=_PATIENCE_S)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=limit)
     state = PartialState(cpu=True)
     return Group(state.process_index, state.num_processes)

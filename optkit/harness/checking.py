@@ -22,7 +22,7 @@ from optkit.models.sources import outline_model
 from optkit.recipe.reading import line_of
 from optkit.recipe.schema import Recipe
 from optkit.tasks import Task
-from optkit.transforms import Plan
+from optkit.transforms import Plan, Stage
 
 _SPARE_BYTES = 64 * 2**20
 _ARTEFACTS_BYTES = 12  # a weight: as it is stored, optimized, and as bfloat16 and float32
@@ -66,6 +66,10 @@ def check_recipe(recipe: Recipe, name: str, trust_remote_code: bool = False) -> 
                 outline = step.preview(outline)
         except OptkitError as error:
             problems.append(Problem(line_of(name, ("transforms", position)), f"transforms[{position}].{step.step().name}", str(error)))
+    shared = sorted({step.ranks for step in recipe.transforms if getattr(step, "ranks", 1) > 1})  # type: ignore[attr-defined]
+    if len(shared) > 1:
+        message = f"trainings of one recipe share their processes, and these ask for {shared} ranks; use the same number"
+        problems.append(Problem(line_of(name, ("transforms",)), "transforms", message))
     if outline.mesh.size > 1 and recipe.device != "cpu":
         message = f"{outline.mesh.size} processes of one arm meet on the CPU alone so far; set device to cpu, or leave their step out"
         problems.append(Problem(line_of(name, ("device",)), "device", message))
@@ -135,6 +139,8 @@ def _compared(recipe: Recipe, task: Task, kind: Kind) -> list[str]:
         names += [sized("cache_bytes", size) for size in latency.batch_sizes if kind == "causal-lm"]
     if "memory" in recipe.measure:
         names.append("peak_memory_bytes")
+        if any(step.stage is Stage.PARALLEL for step in recipe.transforms):
+            names.append("peak_rank_memory_bytes")
     if "quality" in recipe.measure:
         names += [metric.name for metric in task.metrics() if not metric.relative]
     return names

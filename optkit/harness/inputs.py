@@ -14,6 +14,7 @@ from optkit.models.sources import local_folder
 from optkit.recipe.schema import Recipe
 from optkit.tasks.language_modeling import LanguageModeling, TextFiles
 
+_STAGES = 2  # the form in which the stages of a run are kept
 _QUICK_SECONDS, _QUICK_TOKENS = 10.0, 8192
 
 
@@ -23,6 +24,7 @@ def inputs_of(recipe: Recipe, quick: bool, trust_remote_code: bool, workload: st
     return {
         "recipe": recipe.to_dict(),
         "recipe_sha256": recipe.sha256(),
+        "stages": _STAGES,
         "model_sha256": model_digest(recipe),
         "data_sha256": data_digest(recipe),
         "quick": quick,

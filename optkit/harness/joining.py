@@ -36,7 +36,9 @@ def world(environment: Mapping[str, str] = os.environ) -> World | None:
     Raises:
         OptkitError: what it says makes no sense.
     """
-    rank, size = ("RANK", "WORLD_SIZE") if "RANK" in environment else ("SLURM_PROCID", "SLURM_NTASKS")
+    rank, size = (
+        ("RANK", "WORLD_SIZE") if "RANK" in environment else ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    )  # a batch script itself is no task of srun
     if rank not in environment or size not in environment:
         return None
     try:

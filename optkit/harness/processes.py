@@ -96,8 +96,9 @@ class Workers:
             for member in ready:
                 try:
                     answers = member.hear(tell)
-                except ArmError:
-                    self._blame_the_dead(member)
+                except (ArmError, Refused) as error:
+                    if error.exit_code == ArmError.exit_code:  # it may have failed for want of another one
+                        self._blame_the_dead(member)
                     raise
                 if answers:
                     found[member] = answers[0]

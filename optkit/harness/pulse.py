@@ -16,7 +16,10 @@ _FRAME = re.compile(r'File "(.*?)", line (\d+) in (\S+)')
 
 @dataclass(frozen=True)
 class Pulse:
-    """The state letter of a process, the ticks that it has computed, and the bytes that it has read and written; zeros where unknown."""
+    """The state letter of a process; the ticks that it and its children have computed, and the bytes that they have read and written.
+
+    Zeros where that is not known.
+    """
 
     state: str = ""
     ticks: int = 0
@@ -24,7 +27,18 @@ class Pulse:
 
     @classmethod
     def of(cls, pid: int) -> Pulse:
-        """Look at a process now."""
+        """Look at a process now. A compiler that it has started works for it."""
+        import psutil
+
+        own = cls._alone(pid)
+        try:
+            children = [cls._alone(child.pid) for child in psutil.Process(pid).children(recursive=True)]
+        except psutil.Error:
+            children = []
+        return cls(own.state, own.ticks + sum(one.ticks for one in children), own.moved + sum(one.moved for one in children))
+
+    @classmethod
+    def _alone(cls, pid: int) -> Pulse:
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             io = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())

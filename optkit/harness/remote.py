@@ -105,13 +105,9 @@ class JoinedHosts:
             self._listener.settimeout(max(0.01, end - time.monotonic()))
             try:
                 line, _ = self._listener.accept()
-                line.settimeout(5)
-                with line.makefile("r", encoding="utf-8") as text:
-                    greeting = json.loads(text.readline())
             except TimeoutError:
                 raise ArmError(f"{who} did not call within {JOIN_S:g} s") from None
-            except (OSError, ValueError):
-                continue
+            greeting = _greeting(line)
             if isinstance(greeting, dict) and greeting.get("token") == self._token:
                 line.settimeout(None)
                 line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -125,6 +121,21 @@ class JoinedHosts:
         if isinstance(error, OptkitError):
             self._exit_code = error.exit_code
         self.close()
+
+
+def _greeting(line: socket.socket) -> Any:
+    """Return the first line that a caller sends, and read nothing beyond it; None where it is none of ours."""
+    line.settimeout(5)
+    text = b""
+    try:
+        while not text.endswith(b"\n") and len(text) < 1000:
+            piece = line.recv(1)
+            if not piece:
+                return None
+            text += piece
+        return json.loads(text)
+    except (OSError, ValueError):
+        return None
 
 
 class _Agent:
@@ -146,6 +157,7 @@ class _Agent:
             self._line.sendall((json.dumps({"do": do, "with": arguments}) + "\n").encode())
             answer = self._answer()
         except OSError as error:
+            self._line.close()  # a late answer must not be taken for the next one
             raise ArmError(f"{self.name} is lost: {error}; what is finished is kept, go on with --resume") from None
         if "refused" in answer:
             raise PlaceError(f"{self.name}: {answer['refused']}")
@@ -222,6 +234,6 @@ class RemoteMember(Member):
 
     def end(self) -> None:
         """Let the agent end the process; where it is lost, so is the process."""
-        with contextlib.suppress(ArmError):
+        with contextlib.suppress(OptkitError):
             self._agent.ask("end", number=self._number)
         self._line.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,13 @@ def run(
     started, clock = datetime.now(UTC), time.monotonic()
     wanted, name = _wanted(recipe, overrides, quick)
     progress("checking the recipe", None)
-    task = _checked(wanted, name, Path(out), trust_remote_code, workload)
-    inputs = inputs_of(wanted, quick, trust_remote_code, workload)
     parent = Path(out) / wanted.name
     try:
-        with _hosts(wanted, progress) as hosts, RunFolder.resumed(parent, inputs) if resume else RunFolder.new(parent, inputs) as folder:
+        with ExitStack() as stack:
+            hosts = stack.enter_context(_hosts(wanted, progress))
+            task = _checked(wanted, name, Path(out), trust_remote_code, workload)
+            inputs = inputs_of(wanted, quick, trust_remote_code, workload)
+            folder = stack.enter_context(RunFolder.resumed(parent, inputs) if resume else RunFolder.new(parent, inputs))
             results = stages.Stages(wanted, folder, inputs["threads"], trust_remote_code, workload, progress, hosts).all()
             progress("writing the report", None)
             report = assemble(
@@ -114,6 +116,8 @@ def _hosts(recipe: Recipe, progress: Progress) -> Iterator[Hosts]:
     if place is None:
         yield HERE
         return
+    if place.rank:
+        raise OptkitError(f"rank {place.rank} lends its place to rank 0, which runs the recipe: call optkit.harness.run.lend")
     progress(f"waiting for {place.size} ranks at {place.address}:{place.port}", None)
     with JoinedHosts(Meeting(place), recipe.sha256()) as hosts:
         yield hosts

@@ -123,7 +123,7 @@ class Stages:
 
     def _open(self, names: list[str], ranks: dict[str, int], stack: ExitStack) -> dict[str, Workers]:
         """Open every arm from its artefact, in its own process, all at once; afterwards all stand still."""
-        self._progress(f"starting {sum(ranks.values())} processes", None)
+        self._progress(f"starting {sum(ranks[name] for name in names)} processes", None)
         arms = {name: stack.enter_context(self._workers(name, ranks[name], ranks[OPTIMIZED] if name == ONE else 1)) for name in names}
         for name, workers in arms.items():
             place = self._folder.work / {AGAIN: BASELINE, ONE: OPTIMIZED}.get(name, name)

@@ -19,7 +19,7 @@ from optkit.core.errors import ArtefactError
 from optkit.core.files import read_json
 from optkit.core.measurement import Comparison, Measurement, Verdict
 
-SCHEMA = 1
+SCHEMA = 2
 REPORT_FILE = "report.json"
 
 

@@ -82,13 +82,19 @@ def test_a_missing_file_is_named_with_its_nearest_neighbor(optkit: Optkit, home:
         ({"transforms": [{"int8": {"targets": {"include": ["nothing.*"]}}}]}, ["transforms[0].int8", "'nothing.*' matches none"]),
         ({"transforms": [{"drop_layers": {"count": 9}}]}, ["transforms[0].drop_layers", "3"]),
         ({"transforms": [{"data_parallel": {"size": 2}}]}, ["transforms[0].data_parallel", "batch_sizes"]),
+        ({"transforms": [{"tensor_parallel": {"size": 4}}]}, ["transforms[0].tensor_parallel", "2 groups of heads", "use size 2"]),
+        ({"transforms": [{"pipeline_parallel": {"size": 4}}]}, ["transforms[0].pipeline_parallel", "3 blocks", "4 stages"]),
+        (
+            {"transforms": [{"distill": {"ranks": 2}}, {"qat": {"ranks": 4}}]},
+            ["trainings of one recipe share their processes", "[2, 4] ranks"],
+        ),
         ({"limits": {"tpot_sm": 1.0}}, ["limits.tpot_sm", "did you mean 'tpot_ms'"]),
         (
             {"limits": {"tpot_sm": 1.0}, "transforms": [{"int4": {"group_size": 128}}]},
             ["2 problems", "limits.tpot_sm", "transforms[0].int4"],
         ),
     ],
-    ids=["group size", "target", "layers", "ranks", "limit", "two problems"],
+    ids=["group size", "target", "layers", "ranks", "shards", "stages", "trainings", "limit", "two problems"],
 )
 def test_what_cannot_work_on_this_model_is_refused_before_a_weight_is_read(
     optkit: Optkit, recipe: Recipe, home: Path, changes: dict[str, Any], named: list[str]

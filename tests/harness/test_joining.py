@@ -118,7 +118,7 @@ LAUNCHED = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1"}
         ({}, None),
         ({**LAUNCHED, "WORLD_SIZE": "1", "RANK": "0"}, None),
         (LAUNCHED, World(1, 4, "10.0.0.1", 29500)),
-        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "MASTER_ADDR": "a", "MASTER_PORT": "7"}, World(2, 3, "a", 7)),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "MASTER_ADDR": "a", "MASTER_PORT": "7"}, World(2, 3, "a", 7)),
     ],
 )
 def test_what_a_launcher_says_is_read(environment: dict[str, str], expected: World | None) -> None:

@@ -14,7 +14,7 @@ from optkit.engines.parallel.part import Part
 from optkit.kernels.native import native
 from optkit.kernels.peers import DistributedPeers, Peers, SharedPeers, shared_file
 
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_BOOT, _VIEW = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/mnt")
 
 
 def part_for(group: Group, mesh: Mesh, history: Iterable[Step]) -> Part | None:
@@ -47,14 +47,18 @@ def _peers(line: Any, rank: int, size: int) -> Peers:
     if len(set(hosts)) > 1 or not hosts[0][1]:
         return DistributedPeers(line, rank, size)
     names: list[Any] = [str(shared_file(size)) if rank == 0 else None]
-    dist.broadcast_object_list(names, group=line, group_src=0)
-    peers = SharedPeers(Path(names[0]), rank, size)
-    dist.barrier(group=line)
-    if rank == 0:
-        Path(names[0]).unlink()
+    try:
+        dist.broadcast_object_list(names, group=line, group_src=0)
+        peers = SharedPeers(Path(names[0]), rank, size)
+        dist.barrier(group=line)
+    finally:
+        if rank == 0:
+            Path(names[0]).unlink(missing_ok=True)
     return peers
 
 
 def _host() -> str:
-    """Return what tells this host, and the memory that its processes can share, from others."""
-    return f"{socket.gethostname()} {_BOOT.read_text().strip() if _BOOT.exists() else ''}"
+    """Return what tells this host, and the view of its files that processes have in common, from others: a container has its own."""
+    boot = _BOOT.read_text().strip() if _BOOT.exists() else ""
+    view = _VIEW.readlink() if _VIEW.is_symlink() else ""
+    return f"{socket.gethostname()} {boot} {view}"

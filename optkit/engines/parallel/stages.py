@@ -36,7 +36,7 @@ class _Nothing(nn.Module):
     """Stands for positions that an earlier stage has added."""
 
     def forward(self, *arguments: Any, **named: Any) -> Tensor:
-        return torch.zeros(1, 1, 1)
+        return torch.zeros(1, 1, 1, dtype=torch.int8)  # a whole number leaves the dtype of what it is added to
 
 
 def bounds_of(depth: int, stages: int, counts: Sequence[int]) -> list[tuple[int, int]]:

@@ -84,10 +84,10 @@ def heal(
     optimizer = torch.optim.AdamW(parameters, lr=course.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches = _endless(data.batches, course)
     shared = SharedSteps(data.group, parameters)
+    shared.begin()
     with _drawing(course.seed), _mode(student, course.dropout):
         kept = _checkpoints(student, data, course, optimizer)
-        losses = kept.restore(data.tell) if kept else []
-        shared.begin()
+        losses = shared.agreed(kept.restore(data.tell) if kept else [])
         if after_step and losses:
             zeros.note()
         deque(islice(batches, len(losses) * course.accumulation), maxlen=0)  # those that these steps have seen

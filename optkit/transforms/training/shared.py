@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from optkit.core.errors import TransformError
 from optkit.core.group import Group
 
 
@@ -32,10 +33,21 @@ class SharedSteps:
             for parameter in self._parameters:
                 parameter.data.copy_(broadcast(parameter.data.clone()))
 
+    def agreed(self, losses: list[float]) -> list[float]:
+        """Return the losses of steps that were taken before, which all processes must have found alike.
+
+        Raises:
+            TransformError: they have not.
+        """
+        counts = set(self._group.join([len(losses)]))
+        if len(counts) > 1:
+            raise TransformError(f"the processes have found checkpoints after {sorted(counts)} steps; begin a new run, without --resume")
+        return losses
+
     def draw(self, seed: int, step: int) -> None:
         """Draw other numbers in each process, and the same ones when a step is done again."""
         if self._group.size > 1:
-            torch.manual_seed((seed * 1_000_003 + step) * self._group.size + self._group.rank)
+            torch.manual_seed(((seed * 1_000_003 + step) * self._group.size + self._group.rank) % 2**63)
 
     def rows(self, batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], float]:
         """Return this process's rows of a batch, and their share of it."""

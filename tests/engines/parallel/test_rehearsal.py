@@ -75,6 +75,11 @@ def test_what_other_steps_have_made_of_a_model_can_be_shared(transform: Transfor
     rehearse(transform.apply(build("llama")), mesh)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom"])
+def test_stages_keep_half_precision_where_positions_were_added_before(name: str, build: Build) -> None:
+    rehearse(build(name).bfloat16(), Mesh(pipeline=3))
+
+
 def test_a_model_with_fewer_heads_is_shared_by_those_left(build: Build) -> None:
     fewer = PruneHeads(ratio=0.5, importance="magnitude", compensation="none").apply(build("llama", num_key_value_heads=4))
     assert rehearse(fewer, Mesh(tensor=2)) < 1e-5
