@@ -37,6 +37,11 @@ QUICKER = {
     "prune_heads50": ("transforms.1.distill.steps=2",),
     "pruned25": ("transforms.2.distill.steps=2",),
     "low_rank20": ("transforms.0.low_rank.targets={include: ['*.layers.0.*']}",),
+    "data_parallel2": ("measure.latency.batch_sizes=[1, 2]",),
+    "pipeline_parallel2": ("measure.latency.batch_sizes=[1, 4]",),
+    "int4-awq": ("transforms.0.int4.targets={include: ['*.layers.0.*']}",),
+    "int4-gptq": ("transforms.0.int4.targets={include: ['*.layers.0.*']}",),
+    "int4-gptq-compiled": ("transforms.0.int4.targets={include: ['*.layers.0.*']}",),
     "distill-ranks2": ("transforms.1.distill.steps=2",),
     "composed": ("transforms.2.distill.steps=2",),
 }

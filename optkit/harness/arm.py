@@ -108,7 +108,7 @@ class Arm:
                     found,
                     untouched=lambda: _load(baseline, workload).module,
                     open_model=lambda spec: open_model(spec).module,
-                    group=self._group if getattr(step, "ranks", 1) > 1 else Group(),
+                    group=self._group if step.processes > 1 else Group(),
                     checkpoints=Path(checkpoints) / f"{number}-{step.step().name}",
                     tell=lambda text, doing=doing: self._tell(f"{doing}: {text}"),  # type: ignore[misc]
                 )

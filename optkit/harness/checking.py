@@ -66,7 +66,7 @@ def check_recipe(recipe: Recipe, name: str, trust_remote_code: bool = False) -> 
                 outline = step.preview(outline)
         except OptkitError as error:
             problems.append(Problem(line_of(name, ("transforms", position)), f"transforms[{position}].{step.step().name}", str(error)))
-    shared = sorted({step.ranks for step in recipe.transforms if getattr(step, "ranks", 1) > 1})  # type: ignore[attr-defined]
+    shared = sorted({step.processes for step in recipe.transforms if step.processes > 1})
     if len(shared) > 1:
         message = f"trainings of one recipe share their processes, and these ask for {shared} ranks; use the same number"
         problems.append(Problem(line_of(name, ("transforms",)), "transforms", message))

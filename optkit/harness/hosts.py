@@ -18,6 +18,9 @@ class Hosts(Protocol):
     def meeting(self, folder: Path, name: str) -> str:
         """Return an address where the processes of an arm can meet."""
 
+    def finish(self, exit_code: int) -> None:
+        """Let those that have joined end with this code."""
+
 
 class ThisHost:
     """All processes on this host, which meet at a file."""
@@ -29,6 +32,9 @@ class ThisHost:
     def meeting(self, folder: Path, name: str) -> str:
         """Return the address of a file that is not there yet."""
         return f"file://{folder.absolute()}/.{name}-{time.monotonic_ns()}.meeting"  # such an address has no relative form
+
+    def finish(self, exit_code: int) -> None:
+        """Do nothing: nobody has joined."""
 
 
 HERE = ThisHost()

@@ -85,14 +85,18 @@ def run(
                 quick=quick,
                 command=command,
             )
-            folder.keep_artefact("optimized")
-            write_report(report, folder.path, wanted.to_yaml())
-            folder.finish()
-            if isinstance(hosts, JoinedHosts):
-                hosts.finish(0 if report.held else 1)
+            _seal(folder, report, wanted)
+            hosts.finish(0 if report.held else 1)
     except KeyboardInterrupt as stop:
         raise _stopped(stop, parent, command if not resume else None) from None
     return report
+
+
+def _seal(folder: RunFolder, report: Report, recipe: Recipe) -> None:
+    """Write what stays of a run, and let go of the rest."""
+    folder.keep_artefact("optimized")
+    write_report(report, folder.path, recipe.to_yaml())
+    folder.finish()
 
 
 def lend(recipe: str | Path, overrides: tuple[str, ...] = (), quick: bool = False, progress: Progress = lambda doing, share: None) -> int:

@@ -81,7 +81,7 @@ class Stages:
 
     def _prepare_all(self) -> tuple[Any, Any, list[str]]:
         """Save the artefacts of all arms, one after another in one process."""
-        ranks = max([getattr(step, "ranks", 1) for step in self._recipe.transforms], default=1)
+        ranks = max([step.processes for step in self._recipe.transforms], default=1)
         with LazyWorkers(lambda: self._preparing(ranks)) as worker:
             dtype = self._recipe.baseline.dtype if self._recipe.baseline else None
             baseline = self._folder.stage(BASELINE, partial(self._prepare, worker, BASELINE, dtype))

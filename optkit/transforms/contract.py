@@ -53,6 +53,11 @@ class Transform(Settings):
         """How many items of calibration data ``change`` would like to see, where it needs data."""
         return 32
 
+    @property
+    def processes(self) -> int:
+        """How many processes ``change`` is done by together."""
+        return 1
+
     @abstractmethod
     def check(self, plan: Plan) -> None:
         """Look at shapes only, change nothing.

@@ -171,6 +171,7 @@ def test_a_recipe_of_one_step_needs_no_such_rows(make_report):
     assert all(block.headers[0] == "other arms" for block in summarize(make_report()).blocks)
 
 
+@pytest.mark.parametrize("form", [drawn, to_markdown])
 def test_what_several_processes_reach_is_told_against_one_of_them_and_against_all_threads_in_one(make_report, form):
     made = make_report()
     numbers = {"metric": "tokens_per_second", "ranks": 2, "low": 1.7, "high": 1.9}
@@ -178,7 +179,7 @@ def test_what_several_processes_reach_is_told_against_one_of_them_and_against_al
         Scaling(against="baseline", ratio=1.8, efficiency=0.9, verdict="better", **numbers),
         Scaling(against="bfloat16", ratio=1.8, efficiency=1.8, verdict="unclear", **numbers),
     )
-    text = " ".join(form(made.model_copy(update={"scaling": scaling})).split())
+    text = " ".join(form(made.model_copy(update={"scaling": scaling})).replace("\\", "").split())
     assert "2 processes reach 1.80 [1.70, 1.90] of the tokens_per_second of one process with as many threads as each of them" in text
     assert "efficiency 0.9" in text
     assert "of one process with the threads of all: unclear" in text

@@ -36,6 +36,11 @@ class TrainingTransform(Transform):
         """As many windows as are trained on."""
         return self.steps * self.batch_size * self.accumulation
 
+    @property
+    def processes(self) -> int:
+        """As many as share its batches."""
+        return self.ranks
+
     def refuse_idle_ranks(self) -> None:
         """Refuse more processes than a batch has rows.
 
