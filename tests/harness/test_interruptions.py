@@ -109,6 +109,7 @@ def test_a_second_run_does_not_resume_what_another_one_works_on(tmp_path: Path) 
     runs = Runs(tmp_path, classifier_recipe(), WORKLOAD)
     first = runs.start()
     assert runs.reached("inputs", first)
+    first.send_signal(signal.SIGSTOP)  # on a busy machine it would be done before the second one begins
     second = runs.start("--resume")
     _, said = second.communicate(timeout=200)
     assert second.returncode == 2
