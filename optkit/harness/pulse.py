@@ -57,14 +57,14 @@ class Watch:
 
     def __init__(self) -> None:
         self._last: list[Pulse] = []
-        self._looked = self._still_since = time.monotonic()
+        self._still_since = time.monotonic()
 
     def still_s(self, pulses: Sequence[Pulse]) -> float:
         """Return the seconds without work; call it about once a second, with the same processes."""
         now = time.monotonic()
         if len(pulses) != len(self._last) or any(map(self._works, self._last, pulses)) or not all(pulse.state for pulse in pulses):
             self._still_since = now
-        self._last, self._looked = list(pulses), now
+        self._last = list(pulses)
         return now - self._still_since
 
     def _works(self, before: Pulse, after: Pulse) -> bool:
