@@ -166,6 +166,7 @@ def test_the_public_names_of_the_transforms_stay() -> None:
         "Merge",
         "Mixed",
         "Nf4",
+        "Offload",
         "PipelineParallel",
         "PruneChannels",
         "PruneFfn",

@@ -10,6 +10,7 @@ from optkit.engines.contract import Engine, ForwardEngine
 from optkit.engines.eager import EagerEngine, EagerForward
 from optkit.engines.kv_cache import KvCacheEngine
 from optkit.engines.native import NativeEngine, refusal
+from optkit.engines.offloading import bytes_by_place, is_offloaded
 from optkit.engines.parallel.part import Part
 from optkit.engines.pipelined import PipelineEngine
 from optkit.kernels.peers import SharedPeers
@@ -53,6 +54,8 @@ def refusal_of_parts(subject: Subject, mesh: Mesh) -> str | None:
         reason = "no graph of torch.compile has sums over processes" if backend == "inductor" else refusal(subject.module)
         if reason is not None:
             return f"compiled steps cannot run on shards: {reason}; leave out compile"
+    if mesh.parts > 1 and "offload" in names:
+        return "a part of a model is held in memory whole; leave out offload"
     if mesh.pipeline > 1 and names & {"compile", "kv_cache"}:
         return f"stages run the model's own forward with its own cache; leave out {' and '.join(sorted(names & {'compile', 'kv_cache'}))}"
     return None
@@ -77,6 +80,9 @@ def _told(engine: Engine | ForwardEngine) -> str | None:
     if isinstance(engine, KvCacheEngine):
         recent = f", the {engine.keep_recent} most recent positions as they are" if engine.keep_recent else ""
         return f"the model's own forward, keys and values kept in {engine.bits} bits{recent} and given to attention as floats"
+    if isinstance(engine, EagerEngine | EagerForward) and is_offloaded(engine.module):
+        shares = bytes_by_place(engine.module, engine.module.hf_device_map).items()
+        return f"the model's own forward; weights on {', '.join(f'{place}: {size / 1e6:.1f} MB' for place, size in shares)}, read by accelerate"
     if isinstance(engine, CompiledEngine):
         reason = refusal(engine.module)
         chosen = f" (not by optkit's kernels: {reason})" if reason else ""

@@ -21,6 +21,7 @@ from optkit.core.group import Group
 from optkit.core.mesh import ALONE
 from optkit.core.subject import Calibration, Subject
 from optkit.engines import engine_for, told
+from optkit.engines.offloading import is_offloaded
 from optkit.engines.parallel.connect import part_for
 from optkit.engines.parallel.part import Part
 from optkit.harness.calibration import calibration_for
@@ -135,8 +136,9 @@ class Arm:
         mesh = ALONE if alone else mesh
         self._group = self._group.arranged(mesh)
         self._part = part = part_for(self._group, mesh, history)
-        subject = _load(folder, workload, part)
-        subject = replace(subject, module=subject.module.to(self._device))
+        subject = _load(folder, workload, part, self._device)
+        if not is_offloaded(subject.module):
+            subject = replace(subject, module=subject.module.to(self._device))
         self._opened = Opened(subject, engine_for(subject, part), task_for(wanted, subject.kind, workload))
         return {
             "history": [asdict(step) for step in subject.history],
@@ -218,10 +220,10 @@ def _join(rank: int, ranks: int, meeting: str) -> Group:
     return Group(state.process_index, state.num_processes)
 
 
-def _load(folder: str, workload: str | None, part: Part | None = None) -> Subject:
+def _load(folder: str, workload: str | None, part: Part | None = None, device: torch.device = CPU) -> Subject:
     if workload is None or artefact.opens_alone(folder):  # a layer less, and the workload's own module would no longer fit
-        return artefact.load(folder, part=part)
-    return artefact.load(folder, build_workload(workload)[0], part)
+        return artefact.load(folder, part=part, device=device)
+    return artefact.load(folder, build_workload(workload)[0], part, device)
 
 
 def _digest_of_weights(folder: Path) -> str:

@@ -13,12 +13,28 @@ SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 
 
 class Rounded(NamedTuple):
-    """Quantized groups: w ~ (q - point) * scale."""
+    """Quantized groups: w ~ (numbers - point) * scale."""
 
-    q: Tensor  # uint8 (rows, groups, group_size)
+    numbers: Tensor  # float32 (rows, groups, group_size), whole: 0 .. 15
     scale: Tensor  # bfloat16 (rows, groups), as point
     point: Tensor
     error: Tensor  # float32 (rows, groups): the squared error, weighted by the importance
+
+    @property
+    def q(self) -> Tensor:
+        """The numbers as uint8."""
+        return self.numbers.to(torch.uint8)
+
+
+class _Choice(NamedTuple):
+    scale: Tensor
+    point: Tensor
+    error: Tensor
+
+    def better(self, other: Rounded) -> _Choice:
+        """Return of each group the one with less error, this one where they are equal."""
+        wins = other.error < self.error
+        return _Choice(*(torch.where(wins, new, old) for old, new in zip(self, other[1:], strict=True)))
 
 
 def search(groups: Tensor, shrinks: tuple[float, ...] = SHRINKS, importance: Tensor | None = None) -> Rounded:
@@ -33,12 +49,15 @@ def search(groups: Tensor, shrinks: tuple[float, ...] = SHRINKS, importance: Ten
         importance: (groups, group_size), what a squared error in a column counts, such as the mean square of its inputs; None: all alike.
     """
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)
-    best = _round(groups, (high / LEVELS - low / LEVELS), low, importance)
+    first = _round(groups, (high / LEVELS - low / LEVELS), low, importance)
+    if not shrinks:
+        return first
+    best = _Choice(*first[1:])
     for shrink in shrinks:
         middle, reach = (low / 2 + high / 2), (high / 2 - low / 2) * shrink
-        trial = _round(groups, reach * 2 / LEVELS, middle - reach, importance)
-        best = _better(best, _better(trial, _fit(groups, trial.q, importance)))
-    return best
+        trial = first if shrink == 1 else _round(groups, reach * 2 / LEVELS, middle - reach, importance)
+        best = best.better(trial).better(_fit(groups, trial.numbers, importance))
+    return round_to(groups, best.scale, best.point, importance)
 
 
 def search_symmetric(groups: Tensor, shrinks: tuple[float, ...] = SHRINKS, importance: Tensor | None = None) -> Rounded:
@@ -50,12 +69,15 @@ def search_symmetric(groups: Tensor, shrinks: tuple[float, ...] = SHRINKS, impor
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)
     largest = torch.maximum(high, -low)
     eighth = torch.where(high > -low, -largest, largest) / MIDDLE
-    best = _round_at_middle(groups, largest / (LEVELS - MIDDLE), importance)
+    first = _round_at_middle(groups, largest / (LEVELS - MIDDLE), importance)
+    if not shrinks:
+        return first
+    best = _Choice(*first[1:])
     for shrink in shrinks:
         for scale in (largest / (LEVELS - MIDDLE) * shrink, eighth * shrink):
             trial = _round_at_middle(groups, scale, importance)
-            best = _better(best, _better(trial, _fit_at_middle(groups, trial.q, importance)))
-    return best
+            best = best.better(trial).better(_fit_at_middle(groups, trial.numbers, importance))
+    return round_to(groups, best.scale, best.point, importance)
 
 
 def round_to(groups: Tensor, scale: Tensor, point: Tensor, importance: Tensor | None = None) -> Rounded:
@@ -63,7 +85,7 @@ def round_to(groups: Tensor, scale: Tensor, point: Tensor, importance: Tensor | 
     step, base = scale.float()[..., None], point.float()[..., None]
     numbers = (groups / torch.where(step != 0, step, 1)).add_(base).round_().clamp_(0, LEVELS)
     error = (numbers - base).mul_(step).sub_(groups).square_()
-    return Rounded(numbers.to(torch.uint8), scale, point, _summed(error, importance))
+    return Rounded(numbers, scale, point, _summed(error, importance))
 
 
 def _round(groups: Tensor, scale: Tensor, low: Tensor, importance: Tensor | None) -> Rounded:
@@ -80,28 +102,21 @@ def _round_at_middle(groups: Tensor, scale: Tensor, importance: Tensor | None) -
     return round_to(groups, rounded, torch.full_like(rounded, MIDDLE), importance)
 
 
-def _fit(groups: Tensor, q: Tensor, importance: Tensor | None) -> Rounded:
+def _fit(groups: Tensor, numbers: Tensor, importance: Tensor | None) -> Rounded:
     """Fit scale and point to given numbers by least squares, then round anew."""
-    numbers = q.float()
     total = groups.shape[-1] if importance is None else importance.sum(dim=-1)
     mean, center = _summed(numbers, importance) / total, _summed(groups, importance) / total
-    numbers -= mean[..., None]
+    numbers = numbers - mean[..., None]
     spread, product = _summed(numbers.square(), importance), _summed((groups - center[..., None]).mul_(numbers), importance)
     scale = product / torch.where(spread > 0, spread, 1)
     return _round(groups, scale, center - scale * mean, importance)
 
 
-def _fit_at_middle(groups: Tensor, q: Tensor, importance: Tensor | None) -> Rounded:
-    numbers = q.float() - MIDDLE
+def _fit_at_middle(groups: Tensor, numbers: Tensor, importance: Tensor | None) -> Rounded:
+    numbers = numbers - MIDDLE
     spread, product = _summed(numbers.square(), importance), _summed(numbers * groups, importance)
     return _round_at_middle(groups, product / torch.where(spread > 0, spread, 1), importance)
 
 
 def _summed(values: Tensor, importance: Tensor | None) -> Tensor:
     return values.sum(dim=-1) if importance is None else (values * importance).sum(dim=-1)
-
-
-def _better(one: Rounded, other: Rounded) -> Rounded:
-    wins = other.error < one.error
-    pick = torch.where(wins[..., None], other.q, one.q)
-    return Rounded(pick, *(torch.where(wins, new, old) for old, new in zip(one[1:], other[1:], strict=True)))

@@ -72,9 +72,9 @@ class PackedLayer(nn.Module):
         """Return by saved tensor how many columns of the weight an entry of its last dimension stands for; the others are not by column.
 
         Raises:
-            TransformError: columns of this layer cannot be taken apart.
+            TransformError: a layer of this kind cannot be taken apart.
         """
-        raise TransformError(f"the columns of a {type(self).__name__} cannot be taken apart")
+        raise TransformError(f"a {type(self).__name__} cannot be shared by several processes; int8 and int4 can")
 
     @abstractmethod
     def _to_kernel(self) -> Tensor: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,10 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from optkit.core import files
+from optkit.core.device import CPU
 from optkit.core.errors import ArtefactError
 from optkit.core.mesh import Mesh
 from optkit.core.subject import Execution, Kind, Step, Subject
-from optkit.engines.parallel.cut import Cut, cut, fill
+from optkit.engines.offloading import dispatch, on_disk
+from optkit.engines.offloading import placement as places
+from optkit.engines.parallel.cut import Cut, cut, fill, twins_of
 from optkit.engines.parallel.part import Part
 from optkit.kernels import LAYERS
 from optkit.models.architectures import is_public
@@ -82,11 +86,13 @@ def save(model: nn.Module | Subject, folder: str | Path) -> None:
         folder: must not exist yet, or be empty.
 
     Raises:
-        ArtefactError: the folder holds something already.
+        ArtefactError: the folder holds something already, or weights are not in memory.
         ResourceError: the disk is full.
         PlaceError: it cannot be written.
     """
     subject = model if isinstance(model, Subject) else Subject(module=model, source=type(model).__name__, kind=kind_of(model))
+    if any(tensor.is_meta for tensor in subject.module.parameters()):
+        raise ArtefactError("some of the model's weights are not in memory, but on disk or nowhere; copy the artefact that they are in")
     with files.build_folder(Path(folder), MANIFEST) as aside:
         module = subject.module
         if is_public(module):
@@ -100,13 +106,16 @@ def save(model: nn.Module | Subject, folder: str | Path) -> None:
         files.write_json(aside / MANIFEST, structure)
 
 
-def load(folder: str | Path, into: nn.Module | None = None, part: Part | None = None) -> Subject:
+def load(folder: str | Path, into: nn.Module | None = None, part: Part | None = None, device: torch.device = CPU) -> Subject:
     """Open what ``save`` wrote, after comparing every file with its digest.
+
+    Weights are read into host memory; those of a model that was offloaded go to their places, as far as these are on ``device``.
 
     Args:
         folder: the artefact.
         into: for an artefact of a class that is not transformers' own: a fresh module of that class, which is used up.
         part: what this process is to hold of a model that several processes hold together; no more than that is kept in memory.
+        device: where an offloaded model computes.
 
     Raises:
         ArtefactError: the artefact is incomplete, changed or of a newer version.
@@ -118,7 +127,11 @@ def load(folder: str | Path, into: nn.Module | None = None, part: Part | None = 
     module = _insert_layers(skeleton(folder, structure, into), structure["layers"])
     tie_dense(module)
     resize(module, structure.get("sizes", {}))
-    _assign(module, folder, part)
+    limits = next((step["settings"] for step in structure["history"] if step["name"] == "offload"), None)
+    placed = places(module, limits["host_memory"], limits["device_memory"], device) if limits is not None else {}
+    left = _assign(module, folder, part, on_disk(dict(module.state_dict(keep_vars=True)), placed) if placed else set())
+    if placed:
+        module = dispatch(module, placed, left, device)
     return _subject(folder, module.eval(), structure, _tokenizer(folder))
 
 
@@ -256,17 +269,23 @@ def _insert(module: nn.Module, name: str, entry: dict[str, Any]) -> nn.Module:
     return module
 
 
-def _assign(module: nn.Module, folder: Path, part: Part | None) -> None:
+def _assign(module: nn.Module, folder: Path, part: Part | None, waiting: Container[str] = ()) -> dict[str, tuple[Path, str]]:
+    """Put the saved tensors into the module; return the file, and the name in it, of those that stay on disk."""
     whole = set(distinct_tensors(module))
     known = set(module.state_dict(keep_vars=True))
     found = cut(module, part) if part is not None else Cut()
+    twins = twins_of(module)
     tensors: dict[str, Tensor] = {}
+    left: dict[str, tuple[Path, str]] = {}
     names: set[str] = set()
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     names.add(name)
+                    left |= {twin: (path, name) for twin in (name, *(t for t in twins if twins[t] == name)) if twin in waiting}
+                    if name in waiting:
+                        continue
                     new = found.renamed(name) if name in known else None
                     if new is not None:
                         # Copied out of the file mapping: an arm must not be timed on another kind of memory than its rival.
@@ -282,6 +301,7 @@ def _assign(module: nn.Module, folder: Path, part: Part | None) -> None:
         shapes = tuple(tensors[wrong[0]].shape), tuple(state[wrong[0]].shape)
         raise ArtefactError(f"{folder} does not fit its own structure: {wrong[0]} is {shapes[0]}, not {shapes[1]}")
     fill(module, tensors)
+    return left
 
 
 def _subject(folder: Path, module: nn.Module, structure: dict[str, Any], tokenizer: Any) -> Subject:

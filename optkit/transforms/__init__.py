@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from optkit.transforms.quantize.smoothquant import Smoothquant as Smoothquant
     from optkit.transforms.runtime.compile import Compile as Compile
     from optkit.transforms.runtime.kv_cache import KvCache as KvCache
+    from optkit.transforms.runtime.offload import Offload as Offload
 
 TRANSFORMS: Registry[Transform] = Registry(
     "transform",
@@ -62,6 +63,7 @@ TRANSFORMS: Registry[Transform] = Registry(
         "llm_int8": "optkit.transforms.quantize.llm_int8:LlmInt8",
         "compile": "optkit.transforms.runtime.compile:Compile",
         "kv_cache": "optkit.transforms.runtime.kv_cache:KvCache",
+        "offload": "optkit.transforms.runtime.offload:Offload",
         "data_parallel": "optkit.transforms.parallel.data_parallel:DataParallel",
         "tensor_parallel": "optkit.transforms.parallel.tensor_parallel:TensorParallel",
         "pipeline_parallel": "optkit.transforms.parallel.pipeline_parallel:PipelineParallel",
@@ -86,6 +88,7 @@ __all__ = [
     "Merge",
     "Mixed",
     "Nf4",
+    "Offload",
     "PipelineParallel",
     "Plan",
     "PruneChannels",

@@ -46,6 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "llm_int8": {},
     "compile": {},
     "kv_cache": {},
+    "offload": {},
     "data_parallel": {"size": 2},
     "tensor_parallel": {"size": 2},
     "pipeline_parallel": {"size": 2, "stages": (2, 1)},
@@ -61,6 +62,7 @@ NOT_FOR_BARE_MODULES = {
     "pipeline_parallel": "a bare module has no place",
     "compile": "a bare module has none",
     "kv_cache": "a bare module has none",
+    "offload": "a bare module has no file",
     "smoothquant": "no place in Sequential",
 }
 RESHAPED = {"ensemble", "prune_ffn", "prune_heads", "prune_hidden", "low_rank"}

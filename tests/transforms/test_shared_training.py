@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,9 +40,9 @@ torch.manual_seed(0)
 student = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
 batches = tuple({"x": torch.randn(5, 6), "y": torch.randn(5, 3)} for _ in range(4))
 data = Calibration(batches, group=Group(rank, size), checkpoints=folder / "kept" if size > 1 else None)
-course = Course(steps=40, learning_rate=1e-2, batch_size=5, length=8, seed=3, accumulation=2)
-steps = int(sys.argv[4])
-stop = [0]
+steps, sharded = int(sys.argv[4]), sys.argv[5] == "sharded"
+course = Course(steps=40, learning_rate=1e-2, batch_size=5, length=8, seed=3, accumulation=2, sharded=sharded)
+student[0].weight.data[:, 1] = 0  # pruned
 
 def loss_of(module, batch):
     return (module(batch["x"]) - batch["y"]).square().mean()
@@ -61,13 +63,13 @@ save_file(student.state_dict(), folder / f"{size}-{rank}.safetensors")
 """
 
 
-def train(folder: Path, size: int, stop_at: int = 0) -> None:
+def train(folder: Path, size: int, stop_at: int = 0, how: str = "whole") -> None:
     command = [sys.executable, "-c", SCRIPT]
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     own = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} if size > 1 else {}
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(size), str(folder), str(stop_at)],
+            [*command, str(rank), str(size), str(folder), str(stop_at), how],
             env={**env, **own, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {})},
         )
         for rank in range(size)
@@ -76,17 +78,23 @@ def train(folder: Path, size: int, stop_at: int = 0) -> None:
     (folder / "meeting").unlink(missing_ok=True)
 
 
-def test_two_processes_end_where_one_does_also_after_an_interruption(tmp_path: Path) -> None:
-    import json
-
+@pytest.mark.parametrize("how", ["whole", "sharded"])
+def test_two_processes_end_where_one_does_also_after_an_interruption(tmp_path: Path, how: str) -> None:
     train(tmp_path, 1)
-    train(tmp_path, 2, stop_at=17)
-    assert any((tmp_path / "kept").iterdir())
-    train(tmp_path, 2)
+    train(tmp_path, 2, stop_at=17, how=how)
+    kept = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "kept").rglob("step-0000016"))
+    assert kept == (["kept/rank-0/step-0000016", "kept/rank-1/step-0000016"] if how == "sharded" else ["kept/step-0000016"])
+    if how == "sharded":
+        shares = [load_file(tmp_path / name / "tensors.safetensors") for name in kept]
+        assert [share["model.shares.0"].shape for share in shares] == [(8, 6), (8, 6)]  # of the weight of 16 rows
+        assert [share["optimizer.0.exp_avg"].shape for share in shares] == [(8, 6), (8, 6)]
+        shutil.rmtree(tmp_path / "kept/rank-1/step-0000016")  # killed before it had kept its share: both go on from step 15
+    train(tmp_path, 2, how=how)
     one, *two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert two[0] == two[1]
     assert two[0] == pytest.approx(one, rel=1e-4)
     whole, first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
+    assert not whole["0.weight"][:, 1].any() and not first["0.weight"][:, 1].any()
     for name, tensor in whole.items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], tensor, rtol=1e-3, atol=1e-4)
@@ -97,3 +105,11 @@ def test_more_processes_than_rows_are_refused(kind: type, subject) -> None:
     with pytest.raises(TransformError, match="8 ranks cannot share batches of 4; use ranks 4, or a larger batch_size"):
         kind(ranks=8, batch_size=4).check(Plan(subject()))
     assert isinstance(subject(), Subject)
+
+
+def test_shares_of_weights_need_several_processes_and_no_schedule_of_zeros(subject) -> None:
+    for kind in (Distill, Qat):
+        with pytest.raises(TransformError, match="one rank has no other"):
+            kind(sharded=True).check(Plan(subject()))
+    with pytest.raises(TransformError, match="leave out one"):
+        Distill(sharded=True, ranks=2, gradual={"sparsity": 0.5}).check(Plan(subject()))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ import json, os, signal, sys
 from pathlib import Path
 
 import torch
+import torch._dynamo  # or each of the trainings to come would import it
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[2])
 from test_training import COURSE, data, net, loss_of
@@ -95,13 +99,24 @@ def loss_of(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return found
 
 
-def test_killed_at_any_of_thirty_steps_it_ends_in_the_same_weights_with_the_same_log(tmp_path: Path) -> None:
+@pytest.fixture
+def quick_folder(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder in memory where the system has one: thirty trainings wait for a disk some two thousand times."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+def test_killed_at_any_of_thirty_steps_it_ends_in_the_same_weights_with_the_same_log(quick_folder: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", KILLED, str(quick_folder), str(Path(__file__).parent)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [[True, True, True]] * COURSE.steps
-    ends = [load_file(tmp_path / name / f"step-{COURSE.steps - 1:07d}" / "tensors.safetensors") for name in ("whole", "7", "13")]
+    ends = [load_file(quick_folder / name / f"step-{COURSE.steps - 1:07d}" / "tensors.safetensors") for name in ("whole", "7", "13")]
     assert any(name.startswith("optimizer.0.exp_avg_sq") for name in ends[0])
     assert all(torch.equal(end[name], tensor) for end in ends for name, tensor in ends[0].items())
 
@@ -117,7 +132,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     (kept[1] / "tensors.safetensors").write_bytes(b"no tensors")
     again = net()
     calibration = Calibration(data().batches, checkpoints=tmp_path, tell=told.append)
-    assert heal(again, loss_of, calibration, COURSE) == expected
+    assert heal(again, loss_of, calibration, COURSE, keep_every_s=0) == expected
     assert told[0] == "going on after step 28"
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in again.state_dict().items())
 
@@ -128,7 +143,7 @@ def test_a_checkpoint_of_another_start_is_left_alone(tmp_path: Path) -> None:
     with torch.no_grad():
         other.get_parameter("one.bias").add_(1)
     told: list[str] = []
-    heal(other, loss_of, Calibration(data().batches, checkpoints=tmp_path, tell=told.append), COURSE)
+    heal(other, loss_of, Calibration(data().batches, checkpoints=tmp_path, tell=told.append), COURSE, keep_every_s=0)
     assert not any("going on" in text for text in told)
 
 

@@ -16,7 +16,6 @@ from optkit.kernels.packed import PackedLayer
 Axis = Literal["rows", "columns"]
 Spans = Sequence[tuple[int, int]]
 """Parts of a dimension from a start to an end, in order."""
-_SHARED_KINDS = ("Int8Linear", "Int8Embedding", "Int4Linear", "W8A8Linear")
 
 
 @dataclass(frozen=True)
@@ -92,15 +91,14 @@ def _shorten(layer: nn.Module, name: str, dim: int, count: int) -> None:
 
 
 def _cut_packed(layer: Any, axis: Axis, spans: Spans, leads: bool) -> tuple[nn.Module, dict[str, Slice]]:
-    if type(layer).__name__ not in _SHARED_KINDS:
-        raise TransformError(f"a {type(layer).__name__} cannot be shared by several processes; int8 and int4 can")
+    units = layer.column_units()
     layout = layer.layout()
     names = {"rows": ("out_features", "num_embeddings"), "columns": ("in_features", "embedding_dim")}[axis]
     layout |= {name: length(spans) for name in names if name in layout}
     if axis == "rows":
         found = {name: Slice(0, tuple(spans)) for name in layer.portable if name != "input_scale"}
     else:
-        found = {name: Slice(1, _units(spans, each)) for name, each in layer.column_units().items()}
+        found = {name: Slice(1, _units(spans, each)) for name, each in units.items()}
     if layout.get("bias"):
         if axis == "rows":
             found["bias"] = Slice(0, tuple(spans))

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optkit.core.depth import DEPTHS, renumber, shorten
 from optkit.core.errors import TransformError
 from optkit.core.group import share_of
 from optkit.engines.parallel.part import Part
 from optkit.engines.parallel.shards import is_tied
 
-_DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers")
 _AT_THE_DOOR = (
     "word_embeddings_layernorm",
     "project_in",
@@ -88,7 +88,7 @@ def block_list(module: nn.Module) -> tuple[str, nn.ModuleList]:
         TransformError: it has none that the configuration counts.
     """
     config = getattr(module, "config", None)
-    depths = {getattr(config, key, None) for key in _DEPTHS}
+    depths = {getattr(config, key, None) for key in DEPTHS}
     for name, layer in module.named_modules():
         if isinstance(layer, nn.ModuleList) and len(layer) in depths:
             return name, layer
@@ -113,16 +113,8 @@ def _renumber(module: Any, name: str, depth: int, kept: range) -> None:
     for layer in module.modules():
         if getattr(layer, "config", None) is not None and type(layer.config) is type(module.config):
             layer.config = module.config
-    for position, block in enumerate(module.get_submodule(name)):
-        for layer in block.modules():
-            if isinstance(getattr(layer, "layer_idx", None), int):
-                layer.layer_idx = position
-    for key, value in list(vars(module.config).items()):
-        if isinstance(value, list) and len(value) == depth and key.startswith("layer"):
-            setattr(module.config, key, [value[index] for index in kept])
-    for key in _DEPTHS:
-        if getattr(module.config, key, None) == depth:
-            setattr(module.config, key, len(kept))
+    renumber(module.get_submodule(name))
+    shorten(module.config, depth, kept, [key for key in DEPTHS if getattr(module.config, key, None) == depth])
 
 
 def _take_ends(module: Any, inner: Any, part: Part) -> None:

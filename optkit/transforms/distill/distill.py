@@ -51,6 +51,8 @@ class Distill(TrainingTransform):
             raise TransformError("nothing would be learned: give logits, hidden, attention or next_token a weight above 0")
         self.refuse_idle_ranks()
         if self.gradual is not None:
+            if self.sharded:
+                raise TransformError("gradual chooses zeros by looking at whole weights, and sharded ranks have parts; leave out one")
             self.gradual.check(plan)
 
     def preview(self, subject: Subject) -> Subject:

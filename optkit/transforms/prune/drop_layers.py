@@ -11,15 +11,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from optkit.core.depth import DEPTHS, renumber, shorten
 from optkit.core.errors import TransformError
 from optkit.core.subject import Calibration, Subject
 from optkit.transforms.contract import Plan, Stage, Transform
 from optkit.transforms.distill.losses import next_token_loss
 from optkit.transforms.layers import blocks
 from optkit.transforms.tracing import evaluating
-
-_DEPTHS = ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")  # by which names a config counts
-_NOT_BY_BLOCK = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id"}  # lists that count something else
 
 
 class DropLayers(Transform):
@@ -143,21 +141,11 @@ def drop(module: nn.Module, doomed: set[int], stack: str | None = None) -> nn.Mo
     parent, _, attribute = name.rpartition(".")
     shorter = nn.ModuleList([listed[index] for index in kept])
     module.get_submodule(parent).register_module(attribute, shorter)
-    for position, block in enumerate(shorter):
-        for layer in block.modules():
-            if isinstance(getattr(layer, "layer_idx", None), int):
-                layer.layer_idx = position  # type: ignore[assignment]
+    renumber(shorter)
     config = getattr(module, "config", None)
     if config is not None:
-        _shorten(config, depth, kept, key)
+        shorten(config, depth, kept, [key])
     return module
-
-
-def _shorten(config: Any, depth: int, kept: list[int], key: str) -> None:
-    for other, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and len(value) == depth and other not in _NOT_BY_BLOCK:
-            setattr(config, other, [value[index] for index in kept])
-    setattr(config, key, len(kept))
 
 
 def _depth_key(module: nn.Module, doomed: set[int], stack: str | None) -> str:
@@ -169,7 +157,7 @@ def _depth_key(module: nn.Module, doomed: set[int], stack: str | None) -> str:
     name, listed = blocks(module, stack)
     config, depth = getattr(module, "config", None), len(listed)
     if config is None or not doomed or not type(module).__module__.startswith("transformers."):
-        return _DEPTHS[0]
+        return DEPTHS[0]
     kept = [index for index in range(depth) if index not in doomed]
     position = {str(index): str(new) for new, index in enumerate(kept)}
     wanted = set()
@@ -178,10 +166,10 @@ def _depth_key(module: nn.Module, doomed: set[int], stack: str | None) -> str:
         inside = part.startswith(f"{name}.")
         if not inside or index in position:
             wanted.add(f"{name}.{position[index]}.{rest}".rstrip(".") if inside else part)
-    for key in _DEPTHS:
+    for key in DEPTHS:
         if getattr(config, key, None) == depth:
             trial = deepcopy(config)
-            _shorten(trial, depth, kept, key)
+            shorten(trial, depth, kept, [key])
             with torch.device("meta"):
                 twin = type(module)._from_config(trial)  # type: ignore[attr-defined]
             if _names(twin) == wanted:

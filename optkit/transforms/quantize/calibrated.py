@@ -116,7 +116,7 @@ def _rounded(weight: Tensor, squares: Tensor, form: Format) -> Tensor:
     size = form.size(weight)
     find = search_symmetric if form.symmetric else search
     made = find(weight.reshape(len(weight), -1, size), SHRINKS, importance_of(squares).reshape(-1, size))
-    return ((made.q.float() - made.point.float()[..., None]) * made.scale.float()[..., None]).flatten(1)
+    return ((made.numbers - made.point.float()[..., None]) * made.scale.float()[..., None]).flatten(1)
 
 
 def _by_name(name: str, make: Callable[..., Any], *arguments: Any) -> Any:

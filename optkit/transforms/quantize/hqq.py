@@ -54,7 +54,7 @@ def _half_quadratic(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     trial = start._replace(point=torch.where(varied, -groups.amin(dim=-1) / safe[..., 0], start.point.float()))
     best, open_still, least, beta = trial.point, varied, _mean_error(groups, trial), BETA
     for _ in range(ROUNDS):
-        numbers = trial.q.float()
+        numbers = trial.numbers
         rest = shrink(groups - (numbers - trial.point[..., None]) * step, beta)
         trial = round_to(groups, start.scale, (numbers - (groups - rest) / safe).mean(dim=-1))
         error = _mean_error(groups, trial)
@@ -68,5 +68,5 @@ def _half_quadratic(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _mean_error(groups: Tensor, trial: Rounded) -> Tensor:
-    made = (trial.q.float() - trial.point.float()[..., None]) * trial.scale.float()[..., None]
+    made = (trial.numbers - trial.point.float()[..., None]) * trial.scale.float()[..., None]
     return (groups - made).abs_().mean(dim=-1)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +44,38 @@ class Checkpoints:
         self._optimizer = optimizer
         self._saved = time.monotonic()
 
-    def save_where_due(self, losses: Sequence[float], every_s: float) -> None:
-        """Save where the last time, or the beginning, is so long ago."""
-        if time.monotonic() - self._saved >= every_s:
-            self.save(losses)
-            self._saved = time.monotonic()
+    def is_due(self, every_s: float) -> bool:
+        """Say whether the last time, or the beginning, is so long ago."""
+        return time.monotonic() - self._saved >= every_s
 
     def save(self, losses: Sequence[float]) -> None:
-        """Keep the state after so many steps as there are losses, then let go of all but the last two."""
-        with files.build_folder(self._folder / f"step-{len(losses):07d}") as aside:
+        """Keep the state after so many steps as there are losses, then let go of all but the last two.
+
+        One of so many steps that is there already is damaged, of another start, or further than other processes had come.
+        """
+        place = self._folder / f"step-{len(losses):07d}"
+        shutil.rmtree(place, ignore_errors=True)
+        with files.build_folder(place) as aside:
             save_file(self._tensors(), aside / _TENSORS)
             files.write_json(aside / _STATE, {"start": self._start, "losses": list(losses)})
         for old in self._found()[_KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
+        self._saved = time.monotonic()
 
-    def restore(self, tell: Callable[[str], None]) -> list[float]:
-        """Go back to the last state that is whole and belongs to this start; return its losses, none where there is no such state."""
+    def newest(self) -> int:
+        """Return after how many steps the last state was kept that is whole and belongs to this start; 0 where there is none."""
+        return next((len(losses) for _, losses in self._whole()), 0)
+
+    def restore(self, tell: Callable[[str], None], steps: int | None = None) -> list[float]:
+        """Go back to the last such state, or to that after so many steps; return its losses, none where there is no such state."""
+        for folder, losses in self._whole():
+            if steps is None or len(losses) == steps:
+                self._load(load_file(folder / _TENSORS))
+                tell(f"going on after step {len(losses)}")
+                return losses
+        return []
+
+    def _whole(self) -> Iterator[tuple[Path, list[float]]]:
         for folder in self._found():
             try:
                 files.verify(folder)
@@ -67,10 +83,7 @@ class Checkpoints:
             except ArtefactError:
                 continue
             if state["start"] == self._start:
-                self._load(load_file(folder / _TENSORS))
-                tell(f"going on after step {len(state['losses'])}")
-                return list(state["losses"])
-        return []
+                yield folder, list(state["losses"])
 
     def _found(self) -> list[Path]:
         return sorted(self._folder.glob("step-*"), reverse=True)

@@ -24,6 +24,9 @@ class TrainingTransform(Transform):
         default="float32", description="type of the products while it trains; weights, averages and losses are float32 in either case"
     )
     ranks: Annotated[int, Field(ge=1, le=64)] = Field(default=1, description="processes that share every batch, by rows")
+    sharded: bool = Field(
+        default=False, description="the ranks also share weights, gradients and averages (FSDP): less memory each, more time"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="draws the order of the data, and the dropout")
 
     @property
@@ -42,7 +45,7 @@ class TrainingTransform(Transform):
         return self.ranks
 
     def refuse_idle_ranks(self) -> None:
-        """Refuse more processes than a batch has rows.
+        """Refuse more processes than a batch has rows, and shares of weights among one.
 
         Raises:
             TransformError: with the numbers.
@@ -50,9 +53,19 @@ class TrainingTransform(Transform):
         if self.ranks > self.batch_size:
             remedy = f"use ranks {self.batch_size}, or a larger batch_size"
             raise TransformError(f"{self.ranks} ranks cannot share batches of {self.batch_size}; {remedy}")
+        if self.sharded and self.ranks == 1:
+            raise TransformError("one rank has no other to share its weights with; give ranks, or leave out sharded")
 
     def course(self) -> Course:
         """Return how the loop trains."""
         return Course(
-            self.steps, self.learning_rate, self.batch_size, self.length, self.seed, self.accumulation, self.dropout, self.precision
+            self.steps,
+            self.learning_rate,
+            self.batch_size,
+            self.length,
+            self.seed,
+            self.accumulation,
+            self.dropout,
+            self.precision,
+            self.sharded,
         )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from optkit.core.errors import TransformError
+from optkit.core.group import Group
 from optkit.core.subject import Calibration
 from optkit.transforms.training.checkpoints import Checkpoints, fingerprint
 from optkit.transforms.training.shared import SharedSteps
@@ -33,7 +34,10 @@ _KEEP_EVERY_S = 60.0
 
 @dataclass(frozen=True)
 class Course:
-    """How long and how fast to train. ``length`` is the most tokens of a sequence; ``batch_size`` counts sequences, or items."""
+    """How long and how fast to train. ``length`` is the most tokens of a sequence; ``batch_size`` counts sequences, or items.
+
+    ``sharded``: several processes share the weights too, and not the batches alone.
+    """
 
     steps: int
     learning_rate: float
@@ -43,6 +47,7 @@ class Course:
     accumulation: int = 1
     dropout: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
+    sharded: bool = False
 
 
 def heal(
@@ -77,33 +82,33 @@ def heal(
     Raises:
         TransformError: nothing asks for a gradient, or the loss is no number.
     """
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    if not parameters:
+    if not any(parameter.requires_grad for parameter in student.parameters()):
         raise TransformError("no parameter asks for a gradient, so there is nothing to train: model.requires_grad_(True)")
-    zeros = Zeros(student)
-    optimizer = torch.optim.AdamW(parameters, lr=course.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches = _endless(data.batches, course)
-    shared = SharedSteps(data.group, parameters)
-    shared.begin()
-    with _drawing(course.seed), _mode(student, course.dropout):
-        kept = _checkpoints(student, data, course, optimizer)
-        losses = shared.agreed(kept.restore(data.tell) if kept else [])
+    start = _start(student, data, course) if data.checkpoints is not None else ""
+    shared = _shared(student, data.group, course)
+    zeros = Zeros(shared.kept)
+    optimizer = torch.optim.AdamW(shared.parameters, lr=course.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    with _drawing(course.seed), _mode(shared.trained, course.dropout):
+        kept = Checkpoints(data.checkpoints / shared.owns_checkpoints(), start, shared.kept, optimizer) if data.checkpoints else None
+        losses = kept.restore(data.tell, shared.common(kept.newest())) if kept else []
         if after_step and losses:
             zeros.note()
         deque(islice(batches, len(losses) * course.accumulation), maxlen=0)  # those that these steps have seen
         progress = _Progress(data.tell, course.steps, losses)
         try:
             while len(losses) < course.steps:
-                losses.append(_step(student, loss_of, batches, course, optimizer, len(losses) + 1, shared))
+                losses.append(_step(loss_of, batches, course, optimizer, len(losses) + 1, shared))
                 zeros.apply()
                 if after_step:
                     after_step(len(losses))
                     zeros.note()
-                if kept and shared.leads and len(losses) < course.steps:
-                    kept.save_where_due(losses, keep_every_s)
+                if kept and len(losses) < course.steps and shared.is_due(kept.is_due(keep_every_s)):
+                    kept.save(losses)
                 progress.step()
         finally:
-            optimizer.zero_grad(set_to_none=True)
+            shared.forget()
+    shared.end()
     return losses
 
 
@@ -126,7 +131,6 @@ class _Progress:
 
 
 def _step(
-    student: nn.Module,
     loss_of: Loss,
     batches: Iterator[Batch],
     course: Course,
@@ -137,14 +141,14 @@ def _step(
     total = 0.0
     for group in optimizer.param_groups:
         group["lr"] = course.learning_rate * _share(step, course.steps)
-    optimizer.zero_grad(set_to_none=True)
+    shared.forget()
     shared.draw(course.seed, step)
     with torch.enable_grad():
         for batch in islice(batches, course.accumulation):
             own, share = shared.rows(batch)
             if share:
                 with torch.autocast("cpu", torch.bfloat16, enabled=course.precision == "bfloat16"):
-                    loss = loss_of(student, own) * (share / course.accumulation)
+                    loss = loss_of(shared.trained, own) * (share / course.accumulation)
                 loss.backward()
                 total += float(loss.detach())
     total = shared.add_up(total)
@@ -154,11 +158,18 @@ def _step(
     return total
 
 
-def _checkpoints(student: nn.Module, data: Calibration, course: Course, optimizer: torch.optim.Optimizer) -> Checkpoints | None:
-    if data.checkpoints is None:
-        return None
-    start = asdict(course) | ({"ranks": data.group.size} if data.group.size > 1 else {})
-    return Checkpoints(data.checkpoints, fingerprint(student, data.batches, start), student, optimizer)
+def _start(student: nn.Module, data: Calibration, course: Course) -> str:
+    """Return what tells this training from others, for its checkpoints."""
+    known = asdict(course) if course.sharded else {name: value for name, value in asdict(course).items() if name != "sharded"}
+    return fingerprint(student, data.batches, known | ({"ranks": data.group.size} if data.group.size > 1 else {}))
+
+
+def _shared(student: nn.Module, group: Group, course: Course) -> SharedSteps:
+    if not course.sharded or group.size == 1:
+        return SharedSteps(group, student)
+    from optkit.transforms.training.sharded import ShardedSteps
+
+    return ShardedSteps(group, student)
 
 
 @contextmanager

@@ -5,44 +5,41 @@ The same weights come out of it everywhere, and but for rounding the same as fro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from optkit.core.errors import TransformError
 from optkit.core.group import Group
 
 
 class SharedSteps:
-    """The part of one process in every step."""
+    """The part of one process in every step; it begins from the weights of the first, wherever others' differ in their last bits.
 
-    def __init__(self, group: Group, parameters: Sequence[nn.Parameter]) -> None:
-        self._group, self._parameters = group, parameters
+    ``trained`` computes the loss, ``parameters`` are what the optimizer changes here, and ``kept`` is what a checkpoint holds.
+    """
 
-    @property
-    def leads(self) -> bool:
-        """Whether this is the process that keeps checkpoints."""
-        return self._group.rank == 0
-
-    def begin(self) -> None:
-        """Begin from the weights of the first process, wherever others' differ in their last bits."""
-        if self._group.size > 1:
+    def __init__(self, group: Group, student: nn.Module) -> None:
+        self._group = group
+        self.trained = self.kept = student
+        self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        if group.size > 1:
             from accelerate.utils import broadcast
 
-            for parameter in self._parameters:
+            for parameter in self.parameters:
                 parameter.data.copy_(broadcast(parameter.data.clone()))
 
-    def agreed(self, losses: list[float]) -> list[float]:
-        """Return the losses of steps that were taken before, which all processes must have found alike.
+    def owns_checkpoints(self) -> str:
+        """Return the name of the folder for checkpoints, beneath that of the training; all processes have the same."""
+        return ""
 
-        Raises:
-            TransformError: they have not.
-        """
-        counts = set(self._group.join([len(losses)]))
-        if len(counts) > 1:
-            raise TransformError(f"the processes have found checkpoints after {sorted(counts)} steps; begin a new run, without --resume")
-        return losses
+    def is_due(self, own: bool) -> bool:
+        """Say whether this process keeps a checkpoint now, where by its own clock one is due."""
+        return own and self._group.rank == 0
+
+    def common(self, steps: int) -> int:
+        """Return how many steps all processes have kept, of which this one has kept so many."""
+        return int(min(self._group.join([steps])))
 
     def draw(self, seed: int, step: int) -> None:
         """Draw other numbers in each process, and the same ones when a step is done again."""
@@ -63,10 +60,18 @@ class SharedSteps:
             return loss
         from accelerate.utils import reduce
 
-        gradients = [parameter.new_zeros(parameter.shape) if parameter.grad is None else parameter.grad for parameter in self._parameters]
+        gradients = [parameter.new_zeros(parameter.shape) if parameter.grad is None else parameter.grad for parameter in self.parameters]
         flat = torch.cat([torch.tensor([loss]), *(gradient.flatten().float() for gradient in gradients)])
         flat = reduce(flat, reduction="sum")
         parts = flat[1:].split([gradient.numel() for gradient in gradients])
-        for parameter, part in zip(self._parameters, parts, strict=True):
+        for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
         return float(flat[0])
+
+    def forget(self) -> None:
+        """Let go of all gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def end(self) -> None:
+        """Leave the student with its trained weights."""
