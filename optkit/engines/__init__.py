@@ -10,7 +10,7 @@ from optkit.engines.contract import Engine, ForwardEngine
 from optkit.engines.eager import EagerEngine, EagerForward
 from optkit.engines.kv_cache import KvCacheEngine
 from optkit.engines.native import NativeEngine, refusal
-from optkit.engines.offloading import bytes_by_place, is_offloaded
+from optkit.engines.offloading import explain, is_offloaded
 from optkit.engines.parallel.part import Part
 from optkit.engines.pipelined import PipelineEngine
 from optkit.kernels.peers import SharedPeers
@@ -81,8 +81,7 @@ def _told(engine: Engine | ForwardEngine) -> str | None:
         recent = f", the {engine.keep_recent} most recent positions as they are" if engine.keep_recent else ""
         return f"the model's own forward, keys and values kept in {engine.bits} bits{recent} and given to attention as floats"
     if isinstance(engine, EagerEngine | EagerForward) and is_offloaded(engine.module):
-        shares = bytes_by_place(engine.module, engine.module.hf_device_map).items()
-        return f"the model's own forward; weights on {', '.join(f'{place}: {size / 1e6:.1f} MB' for place, size in shares)}, read by accelerate"
+        return f"the model's own forward; {explain(engine.module)}"
     if isinstance(engine, CompiledEngine):
         reason = refusal(engine.module)
         chosen = f" (not by optkit's kernels: {reason})" if reason else ""

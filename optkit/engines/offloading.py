@@ -74,6 +74,12 @@ def is_offloaded(module: nn.Module) -> bool:
     return getattr(module, "hf_device_map", None) is not None
 
 
+def explain(module: Any) -> str:
+    """Return where an offloaded module has its weights."""
+    shares = bytes_by_place(module, module.hf_device_map).items()
+    return f"weights on {', '.join(f'{place}: {size / 1e6:.1f} MB' for place, size in shares)}, read by accelerate"
+
+
 def bytes_by_place(module: nn.Module, placed: Placement) -> dict[str, int]:
     """Return the bytes of weights in each place, tied ones once."""
     sums: dict[str, int] = {}
