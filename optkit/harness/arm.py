@@ -220,10 +220,12 @@ def _join(rank: int, ranks: int, meeting: str) -> Group:
     return Group(state.process_index, state.num_processes)
 
 
-def _load(folder: str, workload: str | None, part: Part | None = None, device: torch.device = CPU) -> Subject:
+def _load(folder: str, workload: str | None, part: Part | None = None, device: torch.device | None = None) -> Subject:
+    """Open an artefact: to serve on a device, or all of it in memory, to be changed."""
+    how: dict[str, Any] = {"whole": True} if device is None else {"device": device}
     if workload is None or artefact.opens_alone(folder):  # a layer less, and the workload's own module would no longer fit
-        return artefact.load(folder, part=part, device=device)
-    return artefact.load(folder, build_workload(workload)[0], part, device)
+        return artefact.load(folder, part=part, **how)
+    return artefact.load(folder, build_workload(workload)[0], part, **how)
 
 
 def _digest_of_weights(folder: Path) -> str:

@@ -106,7 +106,9 @@ def save(model: nn.Module | Subject, folder: str | Path) -> None:
         files.write_json(aside / MANIFEST, structure)
 
 
-def load(folder: str | Path, into: nn.Module | None = None, part: Part | None = None, device: torch.device = CPU) -> Subject:
+def load(
+    folder: str | Path, into: nn.Module | None = None, part: Part | None = None, device: torch.device = CPU, whole: bool = False
+) -> Subject:
     """Open what ``save`` wrote, after comparing every file with its digest.
 
     Weights are read into host memory; those of a model that was offloaded go to their places, as far as these are on ``device``.
@@ -116,6 +118,7 @@ def load(folder: str | Path, into: nn.Module | None = None, part: Part | None = 
         into: for an artefact of a class that is not transformers' own: a fresh module of that class, which is used up.
         part: what this process is to hold of a model that several processes hold together; no more than that is kept in memory.
         device: where an offloaded model computes.
+        whole: read an offloaded model into memory all the same, to change it.
 
     Raises:
         ArtefactError: the artefact is incomplete, changed or of a newer version.
@@ -127,7 +130,7 @@ def load(folder: str | Path, into: nn.Module | None = None, part: Part | None = 
     module = _insert_layers(skeleton(folder, structure, into), structure["layers"])
     tie_dense(module)
     resize(module, structure.get("sizes", {}))
-    limits = next((step["settings"] for step in structure["history"] if step["name"] == "offload"), None)
+    limits = next((step["settings"] for step in structure["history"] if step["name"] == "offload" and not whole), None)
     placed = places(module, limits["host_memory"], limits["device_memory"], device) if limits is not None else {}
     left = _assign(module, folder, part, on_disk(dict(module.state_dict(keep_vars=True)), placed) if placed else set())
     if placed:

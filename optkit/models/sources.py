@@ -36,7 +36,7 @@ def open_model(spec: str | Shape, trust_remote_code: bool = False, seed: int = 0
         return Subject(module=_build(config_of(shape)), source=_label(spec), trained=False)
     folder = local_folder(str(spec))
     if folder is not None and (folder / artefact.MANIFEST).exists():
-        return artefact.load(folder)
+        return artefact.load(folder, whole=True)
     return huggingface.open_pretrained(folder or str(spec), _label(spec), trust_remote_code)
 
 

@@ -17,6 +17,7 @@ from optkit.core.errors import ArtefactError
 from optkit.core.subject import Subject
 from optkit.engines import engine_for, told
 from optkit.engines.offloading import bytes_by_place, placement
+from optkit.models.sources import open_model
 from optkit.transforms import Offload
 
 PEAK = """
@@ -69,6 +70,8 @@ def test_a_model_that_is_partly_on_disk_gives_the_tokens_of_the_whole(
     assert [name for name, parameter in opened.module.named_parameters() if parameter.is_meta] == on_disk
     with pytest.raises(ArtefactError, match="not in memory"):
         optkit.save(opened, tmp_path / "again")
+    whole_again = open_model(str(tmp_path / "kept"))  # to be changed
+    assert not any(parameter.is_meta for parameter in whole_again.module.parameters())
 
 
 @pytest.mark.slow

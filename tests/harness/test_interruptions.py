@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from whole_runs import Runs, classifier_recipe
+from whole_runs import Runs, classifier_recipe, workers_of
 
 from optkit.report.record import Report
 
@@ -93,6 +94,23 @@ def test_a_language_model_goes_on_after_a_kill_with_the_same_quality(tmp_path: P
     assert kept.stat().st_mtime < before
     names = ("perplexity", "token_accuracy", "bits_per_byte")
     assert quality(runs.finish("--resume"), *names) == quality(finished[0], *names)
+
+
+def test_a_rank_that_hangs_and_one_that_is_killed_end_the_run_by_name_and_it_goes_on(tmp_path: Path, tiny_recipe: Any) -> None:
+    latency = {"prompt_tokens": 8, "new_tokens": 10, "seconds": 6, "batch_sizes": [2]}
+    runs = Runs(tmp_path, tiny_recipe(transforms=[{"tensor_parallel": {"size": 2}}], measure={"latency": latency, "quality": {}}))
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        process = runs.start(*options(runs))
+        assert runs.reached("quality-optimized", process)
+        second = next(one for one in map(psutil.Process, workers_of(process.pid)) if "--rank 1 --ranks 2" in " ".join(one.cmdline()))
+        begun = time.monotonic()
+        second.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert time.monotonic() - begun < 30
+        assert process.returncode == 70
+        assert "rank 1" in said and "--resume" in said and "Traceback" not in said
+        assert workers_of(process.pid, within_s=5) == []
+    assert Report.load(runs.finish("--resume")).arms["optimized"].metrics["greedy_match"].value == 1
 
 
 def test_runs_that_begin_at_once_in_one_folder_all_end_with_a_result(tmp_path: Path, undisturbed: dict[str, Any]) -> None:

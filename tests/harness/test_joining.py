@@ -33,15 +33,17 @@ def start(tmp_path: Path, port: int, tiny_recipe: Any) -> Iterator[Start]:
     """Start the command of one rank; whatever still runs at the end is ended, and that nothing does is part of every test."""
     started: list[subprocess.Popen[str]] = []
 
-    def go(rank: int, size: int = 2, steps: Any = ({"tensor_parallel": {"size": 2}},), **changes: Any) -> subprocess.Popen[str]:
+    def go(
+        rank: int, *options: str, size: int = 2, steps: Any = ({"tensor_parallel": {"size": 2}},), **changes: Any
+    ) -> subprocess.Popen[str]:
         latency = {"prompt_tokens": 8, "new_tokens": 10, "seconds": 0.5, "batch_sizes": [2]}
-        recipe = tiny_recipe(transforms=list(steps), measure={"latency": latency, "quality": {}}, **changes)
+        recipe = tiny_recipe(transforms=[{"tensor_parallel": {"size": 2}}], measure={"latency": latency, "quality": {}}, **changes)
         file = tmp_path / f"joined-{rank}.yaml"
         file.write_text(yaml.safe_dump({**recipe, "name": "joined"}))
         launcher = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         started.append(
             subprocess.Popen(
-                [sys.executable, "-m", "optkit", "run", str(file), "--out", str(tmp_path / "out"), "--json"],
+                [sys.executable, "-m", "optkit", "run", str(file), "--out", str(tmp_path / "out"), "--json", *options],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -94,7 +96,7 @@ def test_a_port_that_is_taken_is_told_with_the_remedy(start: Start, port: int) -
 
 
 @pytest.mark.slow
-def test_a_command_that_is_killed_ends_the_others_and_leaves_nothing_behind(start: Start, tmp_path: Path) -> None:
+def test_a_command_that_is_killed_ends_the_others_leaves_nothing_behind_and_is_resumed(start: Start, tmp_path: Path) -> None:
     first, second = start(0), start(1)
     deadline = time.monotonic() + 120
     while not any("optkit.harness.worker" in " ".join(child.cmdline()) for child in psutil.Process(second.pid).children()):
@@ -107,6 +109,12 @@ def test_a_command_that_is_killed_ends_the_others_and_leaves_nothing_behind(star
     time.sleep(1)
     left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or ())]
     assert left == []
+    again = [start(0, "--resume"), start(1, "--resume")]
+    code, output, errors = ended(again[0], 180)
+    assert code == 0, errors
+    assert json.loads(output)["arms"]["optimized"]["metrics"]["greedy_match"]["value"] == 1
+    assert ended(again[1], 20)[0] == 0
+    assert [folder.name for folder in (tmp_path / "out" / "joined").iterdir()] == ["0001"]
 
 
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1"}
