@@ -6,7 +6,10 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from itertools import accumulate
 from typing import Any
+
+import psutil
 
 from optkit.core import files
 from optkit.harness.folder import RunFolder
@@ -20,6 +23,8 @@ from optkit.recipe.schema import Recipe
 BASELINE, OPTIMIZED, AGAIN, STEP, ONE = "baseline", "optimized", "baseline-again", "step-", "one-process"
 _REFERENCES = ("bfloat16", "float32")
 _QUALITY = "quality-"
+_ALWAYS = (BASELINE, OPTIMIZED, AGAIN)
+_RUNTIME_BYTES, _SPARE_BYTES = 400 * 2**20, 500 * 2**20  # Python with its libraries in each process; caches and results of requests
 Progress = Callable[[str, float | None], None]
 
 
@@ -49,9 +54,11 @@ class Stages:
         """Return the results of all stages, as plain data."""
         baseline, optimized, references = self._prepare_all()
         steps = dict(zip(self._between(), optimized["between"], strict=True))
-        references = [*steps, *references, *([ONE] if optimized["ranks"] > 1 else [])]
-        names = [BASELINE, OPTIMIZED, AGAIN, *references]
+        names = [BASELINE, OPTIMIZED, AGAIN, *([ONE] if optimized["ranks"] > 1 else []), *steps, *references]
         ranks = dict.fromkeys(names, baseline["ranks"]) | {OPTIMIZED: optimized["ranks"]} | steps | {ONE: 1}
+        left_out = self._folder.stage("left-out", lambda: self._unaffordable(names, ranks))
+        names = [name for name in names if name not in left_out]
+        references = names[3:]
         pending = [stage for stage in self._measuring(baseline, references) if not self._folder.has(stage)]
         with ExitStack() as stack:
             arms = self._open(names, ranks, stack) if pending else {}
@@ -66,7 +73,9 @@ class Stages:
                 if stage.startswith(_QUALITY)
             }
             sizes = self._folder.stage("sizes", lambda: {name: self._size(name) for name in names if name not in (AGAIN, ONE)})
-        notes = optimized.get("notes", [])
+        notes = list(optimized.get("notes", []))
+        if left_out:
+            notes.append(f"left out, as the memory of this machine does not hold all arms at once: {', '.join(left_out)}")
         return {"baseline": baseline, "artefacts": sizes, "timing": timing, "opened": opened, "quality": quality, "notes": notes}
 
     def _measuring(self, baseline: dict[str, Any], references: list[str]) -> list[str]:
@@ -74,6 +83,14 @@ class Stages:
         judged = "quality" in self._recipe.measure and baseline["card"] is not None
         quality = [f"{_QUALITY}{name}" for name in (BASELINE, OPTIMIZED, *references) if name != ONE] if judged else []
         return [*(f"timing-{size}" for size in self._sizes()), "opened", *quality]
+
+    def _unaffordable(self, names: list[str], ranks: dict[str, int]) -> list[str]:
+        """Return the last of the names, those that memory does not hold beside the others; never baseline, result and noise."""
+        if self._hosts is not HERE or self._recipe.device != "cpu":
+            return []
+        free = psutil.virtual_memory().available - _SPARE_BYTES
+        needed = [self._size({AGAIN: BASELINE, ONE: OPTIMIZED}.get(name, name)) + ranks[name] * _RUNTIME_BYTES for name in names]
+        return [name for name, sum_ in zip(names, accumulate(needed), strict=True) if sum_ > free and name not in _ALWAYS]
 
     def _sizes(self) -> tuple[int, ...]:
         meter = self._recipe.measure.get("latency")

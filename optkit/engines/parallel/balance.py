@@ -12,7 +12,7 @@ import torch
 from optkit.engines.eager import EagerEngine
 from optkit.engines.parallel.stages import block_list
 
-_PROMPT, _STEPS = 16, 6
+_ROWS, _PROMPT, _STEPS = 32, 16, 6  # stages pay where batches are large, and there products count, not the reading of weights
 
 
 class Times(NamedTuple):
@@ -25,7 +25,7 @@ class Times(NamedTuple):
 
 @torch.inference_mode()
 def step_times(module: Any) -> Times:
-    """Return the median times of steps of one token."""
+    """Return the median times of steps of one token for each of some sequences."""
     _, listed = block_list(module)
     marks: list[float] = []
     handles = [listed[0].register_forward_pre_hook(lambda *_: marks.append(time.perf_counter()))]
@@ -33,7 +33,7 @@ def step_times(module: Any) -> Times:
     engine, rows = EagerEngine(module), []
     vocabulary = int(module.config.vocab_size)
     try:
-        tokens = engine.prefill(torch.arange(_PROMPT)[None] % vocabulary).argmax(-1)
+        tokens = engine.prefill(torch.arange(_ROWS * _PROMPT).view(_ROWS, _PROMPT) % vocabulary).argmax(-1)
         for _ in range(_STEPS):
             marks.clear()
             start = time.perf_counter()
