@@ -24,7 +24,8 @@ BASELINE, OPTIMIZED, AGAIN, STEP, ONE = "baseline", "optimized", "baseline-again
 _REFERENCES = ("bfloat16", "float32")
 _QUALITY = "quality-"
 _ALWAYS = (BASELINE, OPTIMIZED, AGAIN)
-_RUNTIME_BYTES, _SPARE_BYTES = 400 * 2**20, 500 * 2**20  # Python with its libraries in each process; caches and results of requests
+_RUNTIME_BYTES = 600 * 2**20  # Python with its libraries in each process, and what a request takes
+_SPARE_BYTES = _MOST_SWEPT_BYTES = 2**30  # more than caches hold
 Progress = Callable[[str, float | None], None]
 
 
@@ -180,7 +181,8 @@ class Stages:
     def _facts(self, workers: Workers) -> dict[str, Any]:
         with workers.awake():
             parts = workers.facts["parts"]
-            roofs = workers.ask_all("roof", size_bytes=workers.facts["weight_bytes_per_token"] // parts)[:parts]
+            swept = min(workers.facts["weight_bytes_per_token"] // parts, _MOST_SWEPT_BYTES)
+            roofs = workers.ask_all("roof", size_bytes=swept)[:parts]
         return {**workers.facts, "roof_bytes_per_second": sum(roof["bytes_per_second"] for roof in roofs)}
 
     def _preparing(self, ranks: int) -> Workers:
