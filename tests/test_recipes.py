@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import optkit
 from optkit.core import files
@@ -29,6 +30,7 @@ SCALE = [
     else path
     for path in sorted((RECIPES / "scale").glob("*.yaml"))
 ]
+WORKLOADS = sorted((RECIPES / "workloads").glob("*.yaml"))
 SHORT = ["threads=1", "measure.latency.seconds=1", "measure.latency.new_tokens=10", "measure.latency.prompt_tokens=16"]
 QUICKER = {
     "qat-int4": ("transforms.0.qat.steps=2",),
@@ -43,6 +45,7 @@ QUICKER = {
     "int4-gptq": ("transforms.0.int4.targets={include: ['*.layers.0.*']}",),
     "int4-gptq-compiled": ("transforms.0.int4.targets={include: ['*.layers.0.*']}",),
     "distill-ranks2": ("transforms.1.distill.steps=2",),
+    "llama-135m-pipeline2": ("measure.latency.batch_sizes=[1, 4]",),
     "llama-1b-offload": ("transforms.0.offload.host_memory=300KB",),
     "composed": ("transforms.2.distill.steps=2",),
 }
@@ -130,6 +133,17 @@ def test_a_recipe_of_scale_runs_in_its_smoke_form(recipe, run):
     assert report["arms"]["optimized"]["metrics"]["tpot_ms"]["value"] > 0
 
 
-@pytest.mark.parametrize("recipe", [*SMALL, *SCALE], ids=lambda path: path.stem)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [path for path in WORKLOADS if path.stem.endswith("-int8")], ids=lambda path: path.stem)
+def test_a_recipe_of_another_task_trains_its_network_and_reports(recipe, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPTKIT_CACHE", str(tmp_path / "cache"))
+    network = next(iter(yaml.safe_load(recipe.with_name(recipe.name.replace("-int8", "")).read_text())["model"]))
+    report = run(recipe, f"model.{network}.training.steps=2", "measure.latency.batch_sizes=[1]")
+    compared = {entry["metric"]: entry for entry in report["comparisons"] if entry["arm"] == "optimized"}
+    assert {"latency_ms", "artefact_bytes"} < compared.keys()
+    assert report["data"]["items"] > 50
+
+
+@pytest.mark.parametrize("recipe", [*SMALL, *SCALE, *WORKLOADS], ids=lambda path: path.stem)
 def test_a_shipped_recipe_is_short(recipe):
     assert len(recipe.read_text().splitlines()) <= 25

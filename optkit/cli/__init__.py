@@ -26,6 +26,7 @@ from optkit.cli.export import export
 from optkit.cli.listing import list_names
 from optkit.cli.run import run_command
 from optkit.cli.schema import schema
+from optkit.cli.train import train_command
 from optkit.cli.verify import verify
 from optkit.core.errors import OptkitError, ResourceError
 
@@ -59,6 +60,7 @@ app.command("compare")(compare_command)
 app.command("export")(export)
 app.command("list")(list_names)
 app.command("schema")(schema)
+app.command("train")(train_command)
 app.command("verify")(verify)
 
 

@@ -10,14 +10,15 @@ import typer
 
 
 def list_names(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
-    """List transforms, meters, tasks and model sources."""
+    """List transforms, meters, tasks, networks and model sources."""
     from optkit.measure import METERS
+    from optkit.models.networks import NETWORKS
     from optkit.models.sources import SOURCES
     from optkit.tasks import TASKS
     from optkit.transforms import TRANSFORMS
 
     kinds: dict[str, dict[str, Any]] = {}
-    for title, registry in (("transforms", TRANSFORMS), ("meters", METERS), ("tasks", TASKS)):
+    for title, registry in (("transforms", TRANSFORMS), ("meters", METERS), ("tasks", TASKS), ("networks", NETWORKS)):
         kinds[title] = {name: _entry(registry[name]) for name in registry}
     kinds["models"] = {name: {"summary": summary, "settings": {}} for name, summary in SOURCES.items()}
     if as_json:

@@ -25,6 +25,6 @@ def device_of(name: str) -> torch.device:
 
 
 def place_of(module: nn.Module) -> torch.device:
-    """Return where a module computes: where the first of its tensors is that has values; the processor for one without any."""
-    places = (tensor.device for tensors in (module.parameters(), module.buffers()) for tensor in tensors if not tensor.is_meta)
-    return next(places, CPU)
+    """Return where a module's tensors are, of those that have values where some have; the processor for one without any."""
+    places = [tensor.device for tensors in (module.parameters(), module.buffers()) for tensor in tensors]
+    return next((place for place in places if place.type != "meta"), places[0] if places else CPU)

@@ -32,7 +32,8 @@ class Subject:
     """A model on its way through a recipe. Transforms return a new one with a longer history.
 
     ``kind`` says which engine fits: a causal language model generates, a plain module only runs forward. ``trained`` is False
-    for random weights: quality is then withheld. ``mesh`` says how many processes serve it together, and in which roles.
+    for random weights: quality is then withheld. ``mesh`` says how many processes serve it together, and in which roles. ``network``
+    says how a module that was trained here is made anew: the name of its network, its settings, and what its task needs.
     """
 
     module: nn.Module
@@ -41,6 +42,7 @@ class Subject:
     tokenizer: Any = None
     trained: bool = True
     mesh: Mesh = ALONE
+    network: Mapping[str, Any] | None = None
     history: tuple[Step, ...] = ()
 
     @property

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from optkit.core.errors import DataError, MissingError
-from optkit.data import python_sources
+from optkit.core.errors import DataError
+from optkit.data import python_sources, tables
+from optkit.data.hub import load_split, refuse_missing
 
 _CALIBRATION_SHARE = 8  # one document of eight
 _PLAIN = {".txt", ".md", ".py", ".rst", ""}
@@ -52,7 +51,7 @@ def python_corpus(calibration_files: int = 64) -> Corpus:
 
 
 def file_corpus(patterns: Sequence[str], column: str) -> Corpus:
-    """Return the documents of text, JSONL and Parquet files.
+    """Return the documents of text, CSV, JSONL and Parquet files.
 
     Raises:
         DataError: a pattern matches no file, a row is broken (file and row are named), or there is no text.
@@ -83,16 +82,8 @@ def hub_corpus(name: str, subset: str | None, evaluation_split: str, column: str
         MissingError: the package ``datasets`` is not installed, or the Hub cannot be reached.
         DataError: there is no such column, or no text.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise MissingError("a corpus from the Hub needs the package 'datasets': pip install 'optkit[hub]'") from None
-    try:
-        sides = [datasets.load_dataset(name, subset, split=part) for part in ("train[:512]", evaluation_split)]
-    except (OSError, ValueError) as error:
-        raise MissingError(f"corpus: data set {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if column not in sides[1].column_names:
-        raise DataError(f"corpus: data set {name!r} has no column {column!r}; it has {', '.join(sides[1].column_names)}")
+    sides = [load_split(name, subset, part) for part in ("train[:512]", evaluation_split)]
+    refuse_missing(name, sides[1], [column])
     evaluation = [text for text in sides[1][column] if text]
     known = set(evaluation)
     calibration = [text for text in sides[0][column] if text and text not in known]
@@ -135,52 +126,12 @@ def _expand(pattern: str) -> list[Path]:
 
 def _read(path: Path, column: str) -> list[str]:
     try:
-        if path.suffix == ".jsonl":
-            return _read_jsonl(path, column)
-        if path.suffix == ".parquet":
-            return _read_parquet(path, column)
+        if path.suffix in tables.SUFFIXES:
+            return [row.text(column) for row in tables.rows(path, [column])]
         if path.suffix in _PLAIN:
             return [path.read_text(encoding="utf-8")]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    raise DataError(f"{path}: files that end in {path.suffix!r} are not read; use .txt, .md, .py, .jsonl or .parquet")
-
-
-def _read_jsonl(path: Path, column: str) -> list[str]:
-    texts = []
-    # Only line feeds part rows: JSON texts may hold the other characters that splitlines() would cut at.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get(column), str):
-                row[column].encode()
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} row {number} is no JSON in UTF-8: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise DataError(f"{path} row {number} has no text field {column!r}; it has {fields}")
-        texts.append(row[column])
-    return texts
-
-
-def _read_parquet(path: Path, column: str) -> list[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise MissingError("Parquet files need the package 'pyarrow': pip install 'optkit[hub]'") from None
-    try:
-        names = parquet.read_schema(path).names
-        if column not in names:
-            raise DataError(f"{path} has no column {column!r}; it has {', '.join(names)}")
-        texts: list[Any] = parquet.read_table(path, columns=[column])[column].to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is no readable Parquet file: {error}") from None
-    for number, text in enumerate(texts, 1):
-        if not isinstance(text, str):
-            raise DataError(f"{path} row {number} has no text in column {column!r}, but {type(text).__name__}")
-    return texts
+    raise DataError(f"{path}: files that end in {path.suffix!r} are not read; use .txt, .md, .py, .csv, .jsonl or .parquet")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from optkit.core.device import place_of
-from optkit.engines.eager import at, at_host, cache_name
+from optkit.engines.eager import at, at_host, cache_name, floats_of, in_dtype
 from optkit.engines.greedy import Greedy
 from optkit.engines.held import held_bytes
 from optkit.kernels.packed import prepare_layers
@@ -106,9 +106,10 @@ class CompiledForward:
         self.module = module.eval()
         prepare_layers(self.module)
         self._device = place_of(module)
+        self._dtype = floats_of(module)
         self._graph = torch.compile(self.module)
 
     @torch.inference_mode()
     def forward(self, batch: Mapping[str, Tensor]) -> Any:
         """Return the module's output for one batch of keyword inputs, in the memory of the host."""
-        return at_host(self._graph(**at(self._device, batch)))
+        return at_host(self._graph(**in_dtype(self._dtype, at(self._device, batch))))

@@ -25,6 +25,16 @@ def at(device: torch.device, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def floats_of(module: nn.Module) -> torch.dtype | None:
+    """Return the dtype of the module's first floating parameter; None where it has none."""
+    return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
+
+
+def in_dtype(dtype: torch.dtype | None, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a batch with its floats in a dtype; None: as they are."""
+    return {name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+
+
 def at_host(output: Any) -> Any:
     """Return an output with its tensors in the memory of the host; from CUDA, that is also the wait for them."""
     return tree_map(lambda part: part.cpu() if isinstance(part, Tensor) and part.is_cuda else part, output)
@@ -79,8 +89,9 @@ class EagerForward:
     def __init__(self, module: nn.Module) -> None:
         self.module = module.eval()
         self.device = place_of(module)
+        self._dtype = floats_of(module)
 
     @torch.inference_mode()
     def forward(self, batch: Mapping[str, Tensor]) -> Any:
-        """Return the module's output for one batch of keyword inputs, in the memory of the host."""
-        return at_host(self.module(**at(self.device, batch)))
+        """Return the module's output for one batch of keyword inputs, in the memory of the host; floats are given in the module's dtype."""
+        return at_host(self.module(**in_dtype(self._dtype, at(self.device, batch))))

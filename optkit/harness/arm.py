@@ -25,13 +25,16 @@ from optkit.engines.offloading import is_offloaded
 from optkit.engines.parallel.connect import part_for
 from optkit.engines.parallel.part import Part
 from optkit.harness.calibration import calibration_for
-from optkit.harness.workloads import build_workload, task_for
+from optkit.harness.teaching import taught
+from optkit.harness.workloads import build_workload, supervised, task_for
 from optkit.measure.contract import Opened, Session
 from optkit.measure.memory import forget_peak, peak_bytes, resident_bytes
 from optkit.measure.traffic import read_bandwidth, weight_bytes_per_token
 from optkit.models import artefact
+from optkit.models.networks import Network
 from optkit.models.sources import open_model
 from optkit.recipe.reading import recipe_from_dict
+from optkit.recipe.schema import Recipe
 from optkit.transforms import Dtype
 
 Tell = Callable[[str], None]
@@ -61,7 +64,7 @@ class Arm:
         wanted = recipe_from_dict(recipe)
         self._tell("opening the model")
         if workload is None:
-            subject = open_model(wanted.model, trust_remote_code, wanted.seed)
+            subject = self._untouched(wanted, trust_remote_code)
         else:
             module, _ = build_workload(workload)
             subject = Subject(module, source=workload, kind=artefact.kind_of(module))
@@ -81,6 +84,11 @@ class Arm:
             "dtype": _dtypes(subject.module),
             "sha256": _digest_of_weights(Path(folder)),
         }
+
+    def _untouched(self, recipe: Recipe, trust_remote_code: bool) -> Subject:
+        if isinstance(recipe.model, Network):
+            return artefact.load(taught(recipe.model, supervised(recipe), recipe.seed, self._tell).artefact)
+        return open_model(recipe.model, trust_remote_code, recipe.seed)
 
     def do_transform(
         self, recipe: dict[str, Any], baseline: str, folder: str, between: list[str], checkpoints: str, workload: str | None
@@ -160,7 +168,7 @@ class Arm:
         columns = arm.task.evaluate(
             arm.subject, arm.engine, self._group, Path(reference) if reference else None, Path(keep) if keep else None
         )
-        return {name: [x if math.isfinite(x) else None for x in np.asarray(column).tolist()] for name, column in columns.items()}
+        return {name: _plain(np.asarray(column).tolist()) for name, column in columns.items()}
 
     def do_session(self, recipe: dict[str, Any], batch_size: int) -> dict[str, Any]:
         """Begin a timed measurement at one batch size and warm it up by a whole request; the time of that is told apart."""
@@ -232,6 +240,13 @@ def _digest_of_weights(folder: Path) -> str:
     listed = files.read_json(folder / artefact.MANIFEST)["files"]
     lines = [f"{name} {listed[name]['sha256']}\n" for name in sorted(listed) if name.endswith(".safetensors")]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers, in lists of any depth, with None for what JSON has no word for."""
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return value if math.isfinite(value) else None
 
 
 def _dtypes(module: torch.nn.Module) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,15 +14,16 @@ from optkit.core.device import device_of
 from optkit.core.errors import DataError, ModelError, OptkitError, Problem, ProblemsError, ResourceError
 from optkit.core.registry import did_you_mean
 from optkit.core.subject import Kind, Subject
-from optkit.harness.workloads import task_for
+from optkit.harness.workloads import supervised, task_for
 from optkit.kernels.native import refuse_unknown_choice
 from optkit.measure.latency import Latency, sized
 from optkit.models.artefact import distinct_tensors
-from optkit.models.sources import outline_model
+from optkit.models.networks import Network
+from optkit.models.sources import fresh, outline_model, reference_tokenizer
 from optkit.recipe.reading import line_of
 from optkit.recipe.schema import Recipe
 from optkit.tasks import Task
-from optkit.transforms import Plan, Stage
+from optkit.transforms import Dtype, Plan, Stage
 
 _SPARE_BYTES = 64 * 2**20
 _ARTEFACTS_BYTES = 12  # a weight: as it is stored, optimized, and as bfloat16 and float32
@@ -51,7 +52,7 @@ def check_recipe(recipe: Recipe, name: str, trust_remote_code: bool = False) -> 
     """
     refuse_unknown_choice()
     try:
-        outline = outline_model(recipe.model, trust_remote_code)
+        outline = _outline(recipe, trust_remote_code)
     except ModelError as error:
         raise ProblemsError(name, [Problem(line_of(name, ("model",)), "model", str(error))]) from None
     task = task_for(recipe, outline.kind)
@@ -103,6 +104,17 @@ def refuse_small_disk(need_bytes: int, folder: Path) -> None:
         raise ResourceError(
             f"the run needs about {need_bytes / 1e9:.2f} GB in {folder}, and {free / 1e9:.2f} GB are free; choose another folder with --out"
         )
+
+
+def _outline(recipe: Recipe, trust_remote_code: bool) -> Subject:
+    if isinstance(recipe.model, Network):
+        with torch.device("meta"):
+            outline = fresh(recipe.model, supervised(recipe).needs(reference_tokenizer()))
+    else:
+        outline = outline_model(recipe.model, trust_remote_code)
+    if recipe.baseline is None:
+        return outline
+    return replace(outline, module=Dtype(dtype=recipe.baseline.dtype).apply(outline.module))
 
 
 def _device(recipe: Recipe, name: str) -> Iterator[Problem]:

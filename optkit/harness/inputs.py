@@ -13,6 +13,7 @@ from optkit.measure.latency import Latency
 from optkit.models.sources import local_folder
 from optkit.recipe.schema import Recipe
 from optkit.tasks.language_modeling import LanguageModeling, TextFiles
+from optkit.tasks.supervised import Supervised
 
 _STAGES = 2  # the form in which the stages of a run are kept
 _QUICK_SECONDS, _QUICK_TOKENS = 10.0, 8192
@@ -41,6 +42,8 @@ def quickened(recipe: Recipe) -> Recipe:
         name: meter.model_copy(update={"seconds": min(meter.seconds, _QUICK_SECONDS)}) if isinstance(meter, Latency) else meter
         for name, meter in recipe.measure.items()
     }
+    if isinstance(recipe.task, Supervised):
+        return recipe.model_copy(update={"measure": measure})
     task = recipe.task or LanguageModeling()
     if isinstance(task, LanguageModeling):
         task = task.model_copy(update={"tokens": min(task.tokens, _QUICK_TOKENS)})
@@ -62,7 +65,11 @@ def data_digest(recipe: Recipe) -> str | None:
         DataError: a pattern matches no file.
     """
     corpus = getattr(recipe.task, "corpus", None)
-    patterns = corpus.files if isinstance(corpus, TextFiles) else [corpus] if isinstance(corpus, str) and corpus != "python" else []
+    if isinstance(recipe.task, Supervised):
+        patterns = getattr(corpus, "files", None) or [getattr(corpus, "file", None)]
+        patterns = [pattern for pattern in patterns if pattern]
+    else:
+        patterns = corpus.files if isinstance(corpus, TextFiles) else [corpus] if isinstance(corpus, str) and corpus != "python" else []
     return _digest(sorted(files_of(patterns))) if patterns else None
 
 

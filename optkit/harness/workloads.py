@@ -10,6 +10,7 @@ from optkit.core.errors import OptkitError
 from optkit.core.subject import Kind
 from optkit.recipe.schema import Recipe
 from optkit.tasks import TASKS, Task
+from optkit.tasks.supervised import Supervised
 
 _DEFAULTS = {"causal-lm": "language-modeling"}
 
@@ -22,6 +23,8 @@ def task_for(recipe: Recipe, kind: Kind, workload: str | None = None) -> Task:
     """
     if workload is not None:
         return build_workload(workload)[1]
+    if kind in _DEFAULTS and isinstance(recipe.task, Supervised):
+        raise OptkitError(f"{recipe.task.word()} is for models that run forward, and this one generates")
     own = "bring a task of your own from Python: optkit.run(recipe, workload='module:function')"
     if kind not in _DEFAULTS and isinstance(recipe.task, TASKS[_DEFAULTS["causal-lm"]]):
         raise OptkitError(f"language-modeling is for models that generate, and this one only runs forward; {own}")
@@ -30,6 +33,18 @@ def task_for(recipe: Recipe, kind: Kind, workload: str | None = None) -> Task:
     if kind not in _DEFAULTS:
         raise OptkitError(f"a model that does not generate has no usual task; {own}")
     return TASKS[_DEFAULTS[kind]]()
+
+
+def supervised(recipe: Recipe) -> Supervised:
+    """Return the task that a network of the recipe is trained on.
+
+    Raises:
+        OptkitError: the recipe names none.
+    """
+    if isinstance(recipe.task, Supervised):
+        return recipe.task
+    known = ", ".join(name for name in TASKS if issubclass(TASKS[name], Supervised))
+    raise OptkitError(f"a network is trained on a task with right answers, and the recipe names none; task: one of {known}")
 
 
 def build_workload(name: str) -> tuple[nn.Module, Task]:

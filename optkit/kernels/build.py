@@ -8,12 +8,12 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from optkit.core.cache import cache_folder
 from optkit.core.errors import MissingError, PlaceError, ResourceError
 from optkit.core.files import write_bytes
 
@@ -73,20 +73,6 @@ def _open(compiler: list[str], sources: tuple[Path, ...], flags: tuple[str, ...]
             return ctypes.CDLL(str(path))
         except OSError as error:
             raise MissingError(f"the compiled {what} cannot be loaded: {error}") from None
-
-
-def cache_folder() -> Path | None:
-    """Return the folder for compiled kernels, ``$OPTKIT_CACHE`` or the user's cache; None where others may write to it."""
-    chosen = os.environ.get("OPTKIT_CACHE")
-    folder = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optkit"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-    except OSError:
-        return None
-    # A library that others can replace would be code of theirs in our process.
-    foreign = status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return None if foreign else folder
 
 
 def _compiler(variable: str, *usual: str) -> list[str]:

@@ -74,6 +74,7 @@ class _Structure(BaseModel, strict=True, extra="allow"):
     layers: dict[str, _Layer]
     lists: dict[str, Annotated[int, Field(ge=0)]] = {}
     members: list[str] = []
+    network: dict[str, Any] | None = None
     sizes: dict[str, _Sizes] = {}
 
 
@@ -190,6 +191,7 @@ def _aliases(module: nn.Module) -> dict[str, str]:
 
 
 def _structure(subject: Subject) -> dict[str, Any]:
+    described = as_described(subject.module, subject.network)
     layers: dict[str, Any] = {}
     closed: set[str] = set()
     names = {id(layer): name for name, layer in subject.module.named_modules()}
@@ -212,7 +214,8 @@ def _structure(subject: Subject) -> dict[str, Any]:
         "source": subject.source,
         "kind": subject.kind,
         "class": type(subject.module).__name__,
-        "pretrained": as_described(subject.module) is not None,
+        "pretrained": described is not None,
+        "network": subject.network,
         "members": members_of(subject.module),
         "trained": subject.trained,
         "mesh": asdict(subject.mesh),
@@ -220,7 +223,7 @@ def _structure(subject: Subject) -> dict[str, Any]:
         "execution": subject.execution,
         "history": [asdict(step) for step in subject.history],
         "layers": layers,
-        "sizes": sizes_of(subject.module, as_described(subject.module)),
+        "sizes": sizes_of(subject.module, described),
         "lists": {name: len(layer) for name, layer in subject.module.named_modules() if isinstance(layer, nn.ModuleList)},
     }
 
@@ -315,6 +318,7 @@ def _subject(folder: Path, module: nn.Module, structure: dict[str, Any], tokeniz
         tokenizer=tokenizer,
         trained=structure["trained"],
         mesh=_mesh(structure),
+        network=structure.get("network"),
         history=tuple(Step(**step) for step in structure["history"]),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from optkit.core.errors import ModelError
 from optkit.models.architectures import build, is_public, named_class
 from optkit.models.huggingface import read_config
+from optkit.models.networks import rebuilt
 
 
 def is_pretrained(module: nn.Module) -> bool:
@@ -41,8 +43,11 @@ def members_of(module: nn.Module) -> list[str]:
     return [type(member).__name__ for member in _members(module)]
 
 
-def as_described(module: nn.Module) -> nn.Module | None:
-    """Return the model on the meta device as its configuration describes it; None where only its class can make it."""
+def as_described(module: nn.Module, network: Mapping[str, Any] | None = None) -> nn.Module | None:
+    """Return the model on the meta device as its configuration or its network describes it; None where only its class can make it."""
+    if network is not None:
+        with torch.device("meta"):
+            return rebuilt(network)
     members = [as_described(member) for member in _members(module)]
     if members and all(members):
         return _together([member for member in members if member is not None])
@@ -58,6 +63,11 @@ def skeleton(folder: Path, structure: dict[str, Any], into: nn.Module | None) ->
     Raises:
         ModelError: it cannot be made, and there is no ``into``.
     """
+    if structure.get("network"):
+        try:
+            return _shortened(rebuilt(structure["network"]), structure.get("lists", {}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{folder} does not say how its network is made: {error}") from None
     if into is not None:
         return _shortened(into, structure.get("lists", {}))
     if structure.get("members"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from optkit.core.errors import ModelError
 from optkit.core.registry import did_you_mean
 from optkit.core.subject import Subject
 from optkit.models import artefact, huggingface
+from optkit.models.architectures import is_public
+from optkit.models.networks import Network, described
 from optkit.models.shapes import SHAPES, Shape, config_of
 
 REFERENCE = Path(__file__).parent / "reference" / "weights"
@@ -22,6 +25,27 @@ SOURCES = {
     "FOLDER": "a model in Hugging Face format, or an artefact that optkit saved",
     "OWNER/NAME": "a model on the Hugging Face Hub, where it can be reached",
 }
+
+
+def reference_tokenizer() -> Any:
+    """Return the tokenizer of the bundled model, which the networks that are trained here use too."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(REFERENCE, local_files_only=True)
+
+
+def fresh(network: Network, needs: Mapping[str, Any], seed: int = 0) -> Subject:
+    """Return a network that is still to be trained.
+
+    Raises:
+        ModelError: it is for other tasks.
+    """
+    torch.manual_seed(seed)
+    module = network.build(needs).eval()
+    made = described(network, needs)
+    own = None if is_public(module) else made
+    tokenizer = reference_tokenizer() if "vocabulary" in needs else None
+    return Subject(module=module, source=made["name"], kind=network.kind, tokenizer=tokenizer, network=own)
 
 
 def open_model(spec: str | Shape, trust_remote_code: bool = False, seed: int = 0) -> Subject:

@@ -13,6 +13,7 @@ import optkit.transforms
 from optkit.core.registry import Registry, did_you_mean
 from optkit.core.settings import Settings
 from optkit.measure.contract import Meter
+from optkit.models.networks import NETWORKS, Network
 from optkit.models.shapes import Shape
 from optkit.recipe.schema import Plain, Recipe, checked_model, default_meters, stage_fault
 from optkit.recipe.trail import LONGEST_SHOWN, Fault, Trail, quoted, shown
@@ -51,7 +52,10 @@ def _unknown_keys(data: Mapping[str, Any]) -> list[Fault]:
     ]
 
 
-def _model(value: Any) -> tuple[str | Shape | None, list[Fault]]:
+def _model(value: Any) -> tuple[str | Shape | Network | None, list[Fault]]:
+    name = value if isinstance(value, str) else next(iter(value)) if isinstance(value, dict) and len(value) == 1 else None
+    if name in NETWORKS:
+        return _named(NETWORKS, value, ("model",))
     if isinstance(value, str):
         try:
             return checked_model(value), []
@@ -59,7 +63,7 @@ def _model(value: Any) -> tuple[str | Shape | None, list[Fault]]:
             return None, [Fault(("model",), str(error))]
     if isinstance(value, dict) and set(value) == {"shape"} and isinstance(value["shape"], dict):
         return settings_of(Shape, value["shape"], ("model", "shape"))
-    form = "text or {shape: {layers: ..., hidden_size: ..., heads: ..., vocabulary: ...}}"
+    form = f"text, {{shape: {{layers: ..., hidden_size: ..., heads: ..., vocabulary: ...}}}} or a network: {', '.join(NETWORKS)}"
     got = f"the keys {', '.join(map(quoted, list(value)[:4]))}" if isinstance(value, dict) and value else shown(value)
     if isinstance(value, dict) and set(value) == {"shape"}:
         return None, [Fault(("model", "shape"), f"expected a mapping of numbers, got {shown(value['shape'])}; a named one is 'shape:NAME'")]

@@ -13,6 +13,7 @@ import optkit.tasks
 import optkit.transforms
 from optkit.core.registry import Registry
 from optkit.core.settings import Settings
+from optkit.models.networks import NETWORKS
 from optkit.models.shapes import SHAPES, Shape
 from optkit.recipe.schema import Plain, Recipe, default_meters
 
@@ -23,7 +24,7 @@ Schema = dict[str, Any]
 
 def recipe_schema() -> Schema:
     """Return the JSON Schema, draft 2020-12, of a recipe file with every transform, task and meter that is registered."""
-    registries: tuple[Registry[Any], ...] = (optkit.transforms.TRANSFORMS, optkit.tasks.TASKS, optkit.measure.METERS)
+    registries: tuple[Registry[Any], ...] = (optkit.transforms.TRANSFORMS, optkit.tasks.TASKS, optkit.measure.METERS, NETWORKS)
     kinds: list[type[Settings]] = [Plain, Shape, *(registry[name] for registry in registries for name in registry)]
     references, shared = models_json_schema([(kind, "validation") for kind in kinds], ref_template="#/$defs/{model}")
     definitions = {name: _tidy(schema) for name, schema in shared["$defs"].items()}
@@ -49,7 +50,7 @@ def _named_parts(named: Mapping[Any, Schema]) -> dict[str, Schema]:
     meters = optkit.measure.METERS
     return {
         "extends": {"type": "string", "minLength": 1},
-        "model": {"anyOf": [*_model_texts(), _only("shape", named[Shape])]},
+        "model": {"anyOf": [*_model_texts(), _only("shape", named[Shape]), *_entries(NETWORKS, named)]},
         "task": {"anyOf": _entries(optkit.tasks.TASKS, named)},
         "transforms": {"type": "array", "items": {"anyOf": _entries(optkit.transforms.TRANSFORMS, named)}},
         "measure": {
@@ -73,7 +74,7 @@ def _model_texts() -> list[Schema]:
     return [
         {"const": "reference", "description": "the small model of Python code that comes with optkit"},
         *({"const": f"shape:{name}", "description": "random weights of this size: speed and memory only"} for name in SHAPES),
-        {"type": "string", "pattern": "^(?!shape:).+", "description": "a folder, or owner/name of the Hub"},
+        {"type": "string", "pattern": f"^(?!shape:|({'|'.join(NETWORKS)})$).+", "description": "a folder, or owner/name of the Hub"},
     ]
 
 

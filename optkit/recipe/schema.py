@@ -18,6 +18,7 @@ import optkit.transforms
 from optkit.core.registry import Registry, did_you_mean
 from optkit.core.settings import Settings
 from optkit.measure.contract import Meter
+from optkit.models.networks import NETWORKS, Network
 from optkit.models.shapes import SHAPES, Shape
 from optkit.recipe.trail import quoted
 from optkit.recipe.yaml_writing import to_yaml
@@ -147,7 +148,9 @@ Steps = Annotated[tuple[Transform, ...], AfterValidator(in_order)]
 class Recipe(Plain):
     """A recipe with all defaults filled in."""
 
-    model: Annotated[str, AfterValidator(checked_model)] | Shape = Field(default="reference", description="where the model comes from")
+    model: Annotated[str, AfterValidator(checked_model)] | Shape | Network = Field(
+        default="reference", description="where the model comes from"
+    )
     task: Task | None = Field(default=None, description="what the model is for; default: by the model")
     transforms: Steps = Field(default=(), description="what is done to the model, in this order")
     measure: Annotated[Mapping[str, Meter], Field(min_length=1)] = Field(default_factory=default_meters, description="meters by name")
@@ -158,7 +161,7 @@ class Recipe(Plain):
         return {
             "name": self.name,
             "description": self.description,
-            "model": {"shape": self.model.model_dump(mode="json")} if isinstance(self.model, Shape) else self.model,
+            "model": _model_as_data(self.model),
             "baseline": self.baseline and self.baseline.model_dump(mode="json"),
             "threads": self.threads,
             "device": self.device,
@@ -177,6 +180,12 @@ class Recipe(Plain):
         """Return the digest of the recipe with all defaults: equal for equal recipes, however they were written."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _model_as_data(model: str | Shape | Network) -> Any:
+    if isinstance(model, str):
+        return model
+    return {"shape" if isinstance(model, Shape) else word_of(NETWORKS, model): model.model_dump(mode="json")}
 
 
 def word_of(registry: Registry[Any], settings: Settings) -> str:

@@ -37,10 +37,10 @@ class HubText(Settings):
 
 
 class TextFiles(Settings):
-    """Text, JSONL or Parquet files."""
+    """Text, CSV, JSONL or Parquet files."""
 
-    files: tuple[str, ...] = Field(min_length=1, description="paths or patterns; .txt, .md, .rst, .py, .jsonl, .parquet")
-    column: str = Field(default="text", description="field or column with the text, for JSONL and Parquet")
+    files: tuple[str, ...] = Field(min_length=1, description="paths or patterns; .txt, .md, .rst, .py, .csv, .jsonl, .parquet")
+    column: str = Field(default="text", description="field or column with the text, for CSV, JSONL and Parquet")
 
 
 class LanguageModeling(Task):

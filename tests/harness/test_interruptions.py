@@ -94,20 +94,21 @@ def test_a_language_model_goes_on_after_a_kill_with_the_same_quality(tmp_path: P
     assert quality(runs.finish("--resume"), *names) == quality(finished[0], *names)
 
 
-def test_a_rank_that_hangs_and_one_that_is_killed_end_the_run_by_name_and_it_goes_on(tmp_path: Path, tiny_recipe: Any) -> None:
-    latency = {"prompt_tokens": 8, "new_tokens": 10, "seconds": 6, "batch_sizes": [2]}
+def test_a_rank_that_is_killed_ends_the_run_by_name_and_it_goes_on(tmp_path: Path, tiny_recipe: Any) -> None:
+    latency = {"prompt_tokens": 8, "new_tokens": 10, "seconds": 1, "batch_sizes": [2]}
     runs = Runs(tmp_path, tiny_recipe(transforms=[{"tensor_parallel": {"size": 2}}], measure={"latency": latency, "quality": {}}))
-    for number in (signal.SIGSTOP, signal.SIGKILL):
-        process = runs.start(*options(runs))
-        assert runs.reached("quality-optimized", process)
-        second = next(one for one in map(psutil.Process, workers_of(process.pid)) if "--rank 1 --ranks 2" in " ".join(one.cmdline()))
-        begun = time.monotonic()
-        second.send_signal(number)
-        _, said = process.communicate(timeout=60)
-        assert time.monotonic() - begun < 30
-        assert process.returncode == 70
-        assert "rank 1" in said and "--resume" in said and "Traceback" not in said
-        assert workers_of(process.pid, within_s=5) == []
+    process = runs.start()
+    assert runs.reached("left-out", process)
+    found: list[psutil.Process] = []
+    while not found and process.poll() is None:
+        found = [one for one in map(psutil.Process, workers_of(process.pid)) if "--rank 1 --ranks 2" in " ".join(one.cmdline())]
+    begun = time.monotonic()
+    found[0].kill()
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 30
+    assert process.returncode == 4  # as where the system kills for want of memory
+    assert "rank 1" in said and "--resume" in said and "Traceback" not in said
+    assert workers_of(process.pid, within_s=5) == []
     assert Report.load(runs.finish("--resume")).arms["optimized"].metrics["greedy_match"].value == 1
 
 

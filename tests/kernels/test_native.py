@@ -73,8 +73,8 @@ def test_without_a_compiler_it_says_so_and_runs(
 
 
 def test_the_kernels_share_the_threads_of_torch(native_only: None) -> None:
-    runtimes = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line or "libiomp" in line}
-    assert len(runtimes) == 1
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line or "libiomp" in line]
+    assert len({line.split()[-1] for line in lines if "scikit_learn" not in line}) == 1  # it brings its own, for tests that compare with it
 
 
 def test_first_calls_from_many_threads_agree(native_only: None) -> None:

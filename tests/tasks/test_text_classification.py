@@ -1,0 +1,116 @@
+"""Texts and their classes: scores as scikit-learn gives them, data in the formats that people have, and faults by file and row."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sklearn
+
+from optkit.core.errors import DataError
+from optkit.core.group import Group
+from optkit.core.subject import Subject
+from optkit.engines import engine_for
+from optkit.models.networks.bilstm import BilstmClassifier
+from optkit.tasks.classes import counts, f1, precision, recall
+from optkit.tasks.text_classification import LabelledFiles, TextClassification
+
+WORDS = {"fruit": ["x", "y"], "tool": ["(", ")"], "sign": ["+", "-"]}
+
+
+def rows(count: int = 60) -> list[dict[str, str]]:
+    return [{"text": f"{WORDS[label][number % 2]} = {number}", "label": label} for number in range(count) for label in WORDS]
+
+
+def from_csv(folder: Path, found: list[dict[str, Any]]) -> TextClassification:
+    with (folder / "own.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(found)
+    return TextClassification(corpus=LabelledFiles(files=(str(folder / "own.csv"),)), length=8)
+
+
+@given(st.integers(2, 5), st.integers(1, 60), st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_scores_by_class_are_those_of_scikit_learn(classes: int, items: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    right, given_ = (draw.integers(0, classes, (2, items)).astype(float) for _ in range(2))
+    found = counts(right, given_, classes)
+    for own, theirs in ((precision, "precision_score"), (recall, "recall_score"), (f1, "f1_score")):
+        for number in range(2):
+            expected = getattr(sklearn, theirs)(right[number], given_[number], labels=range(classes), average=None, zero_division=0.0)
+            np.testing.assert_allclose(own(found)[number], expected)
+
+
+def test_a_perfect_and_a_trivial_answer_are_told_apart(tmp_path: Path, tokenizer: Any) -> None:
+    task = from_csv(tmp_path, rows())
+    assert task.labels == ("fruit", "sign", "tool")
+    _, trivial = task.trivial(tokenizer)
+    perfect = {"answer": trivial["right"], "right": trivial["right"]}
+    metrics = {metric.name: metric for metric in task.metrics()}
+
+    def score(name: str, columns: Any) -> float:
+        return float(metrics[name].estimate({key: column[None] for key, column in columns.items()})[0])
+
+    assert [score(name, perfect) for name in ("accuracy", "f1", "f1_tool")] == [1, 1, 1]
+    assert score("accuracy", trivial) < 0.6
+    assert score("f1", trivial) < 0.3
+
+
+def test_evaluated_in_two_ranks_and_against_itself_the_answers_are_the_same(tmp_path: Path, tokenizer: Any) -> None:
+    task = from_csv(tmp_path, rows())
+    subject = Subject(BilstmClassifier(96, 8, 8, 3).eval(), "bilstm", kind="module", tokenizer=tokenizer)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    whole = task.evaluate(subject, engine_for(subject), Group(), None, kept)
+    again = task.evaluate(subject, engine_for(subject), Group(), kept, None)
+    assert again["same"].tolist() == [1.0] * len(whole["answer"])
+    assert np.array_equal(again["answer"], whole["answer"]) and len(whole["answer"]) == len(task.sides.evaluation)
+    card = task.card(subject)
+    assert (card.task, card.items) == ("text-classification", len(whole["answer"]))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_other_formats_hold_the_same_items(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"own.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows()), path)
+    other = TextClassification(corpus=LabelledFiles(files=(str(path),)))
+    assert other.sides.evaluation == from_csv(tmp_path, rows()).sides.evaluation
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda found: [{**row, "label": "fruit"} for row in found], "knows 1 class; a classifier needs two at least"),
+        (lambda found: [*found[:3], {"text": "  ", "label": "tool"}, *found[3:]], "own.csv row 5 has an empty text in 'text'"),
+        (lambda found: found[:2], "too little for four sides"),
+    ],
+    ids=["one class", "empty text", "two rows"],
+)
+def test_data_that_cannot_be_learned_from_is_refused(tmp_path: Path, change: Callable[[Any], Any], told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        from_csv(tmp_path, change(rows())).look()
+
+
+def test_calibration_shows_no_evaluated_text_and_no_answer(tmp_path: Path, tokenizer: Any) -> None:
+    task = from_csv(tmp_path, rows())
+    subject = Subject(BilstmClassifier(96, 8, 8, 3), "bilstm", kind="module", tokenizer=tokenizer)
+    batches = task.calibration(subject, 5).batches
+    assert sum(len(batch["input_ids"]) for batch in batches) == 5
+    assert all(set(batch) == {"input_ids", "attention_mask"} for batch in batches)
+    evaluated = {tuple(ids.tolist()) for ids in task.examples("evaluation", tokenizer).inputs["input_ids"]}
+    assert torch.cat([batch["input_ids"] for batch in batches]).shape == (5, 8) and evaluated
