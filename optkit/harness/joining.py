@@ -5,6 +5,7 @@ The first rank runs the recipe; the others lend it their places, and end when it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -18,6 +19,7 @@ from optkit.core.errors import ArmError, MissingError, OptkitError
 
 JOIN_S = 25.0
 _PORT = 29500
+_LINGER_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,17 @@ class Meeting:
             ArmError: it does not come.
         """
         try:
-            return json.loads(self._store.get(key))
+            found = json.loads(self._store.get(key))
         except RuntimeError:
             raise ArmError(f"{who} did not come within {JOIN_S:g} s; its own output may say why") from None
+        self._store.set(f"{key} heard by {self.place.rank}", "")
+        return found
+
+    def linger(self, key: str) -> None:
+        """Stay until all others have heard something, for a few seconds: the store ends with its owner."""
+        with contextlib.suppress(RuntimeError):
+            others = [f"{key} heard by {rank}" for rank in range(1, self.place.size)]
+            self._store.wait(others, timedelta(seconds=_LINGER_S))
 
 
 def _why(place: World, error: str) -> str:

@@ -41,6 +41,7 @@ class JoinedHosts:
             self._meet(meeting, recipe_sha256)
         except BaseException as error:
             meeting.tell("control", {"refused": str(error)})
+            meeting.linger("control")
             self.close()
             raise
 
