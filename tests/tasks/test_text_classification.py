@@ -112,5 +112,7 @@ def test_calibration_shows_no_evaluated_text_and_no_answer(tmp_path: Path, token
     batches = task.calibration(subject, 5).batches
     assert sum(len(batch["input_ids"]) for batch in batches) == 5
     assert all(set(batch) == {"input_ids", "attention_mask"} for batch in batches)
-    evaluated = {tuple(ids.tolist()) for ids in task.examples("evaluation", tokenizer).inputs["input_ids"]}
-    assert torch.cat([batch["input_ids"] for batch in batches]).shape == (5, 8) and evaluated
+    shown = torch.cat([batch["input_ids"] for batch in batches])
+    calibrated = {tuple(ids.tolist()) for ids in task.examples("calibration", tokenizer).inputs["input_ids"]}
+    assert shown.shape == (5, 8) and {tuple(ids.tolist()) for ids in shown} <= calibrated
+    assert not {item.text for item in task.sides.calibration} & {item.text for item in task.sides.evaluation}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from optkit.core.errors import TransformError
+from optkit.engines.eager import floats_of, in_dtype
 
 Batch = Mapping[str, Tensor]
 
@@ -110,8 +111,7 @@ def next_token_loss(model: nn.Module, output: Any, batch: Batch) -> Tensor:
 
 def in_dtype_of(module: nn.Module, batch: Batch) -> Batch:
     """Return the batch with its floats in the dtype of the module's first parameter: a teacher may stand in half precision."""
-    dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    return in_dtype(floats_of(module) or torch.float32, batch)
 
 
 def answers_of(output: Any) -> Tensor:
