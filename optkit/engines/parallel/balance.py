@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable, Sequence
 from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from optkit.engines.eager import EagerEngine
 from optkit.engines.parallel.stages import block_list
@@ -25,7 +27,10 @@ class Times(NamedTuple):
 
 @torch.inference_mode()
 def step_times(module: Any) -> Times:
-    """Return the median times of steps of one token for each of some sequences."""
+    """Return the median times of steps of one token for each of some sequences.
+
+    Blocks of equal shape take equal time, so that one value is given for all of them: a cut must not follow what differs by chance.
+    """
     _, listed = block_list(module)
     marks: list[float] = []
     handles = [listed[0].register_forward_pre_hook(lambda *_: marks.append(time.perf_counter()))]
@@ -44,7 +49,20 @@ def step_times(module: Any) -> Times:
         for handle in handles:
             handle.remove()
     first, *blocks, last = (median(column) for column in zip(*rows, strict=True))
-    return Times(first, tuple(blocks), last)
+    return Times(first, shared([_shape(block) for block in listed], blocks), last)
+
+
+def shared(shapes: Sequence[Hashable], times: Sequence[float]) -> tuple[float, ...]:
+    """Return the median of the times of all blocks that have the same shape, for each block."""
+    together: dict[Hashable, list[float]] = {}
+    for shape, seconds in zip(shapes, times, strict=True):
+        together.setdefault(shape, []).append(seconds)
+    return tuple(median(together[shape]) for shape in shapes)
+
+
+def _shape(block: nn.Module) -> Hashable:
+    """Return what the time of a block depends on: the shapes and dtypes of its parameters and buffers, packed weights among them."""
+    return tuple((name, tensor.shape, tensor.dtype) for name, tensor in block.state_dict().items() if isinstance(tensor, torch.Tensor))
 
 
 def balanced(times: Times, stages: int) -> tuple[int, ...]:

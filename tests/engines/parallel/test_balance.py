@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from optkit.core.errors import TransformError
-from optkit.engines.parallel.balance import Times, balanced, step_times
+from optkit.engines.parallel.balance import Times, balanced, shared, step_times
 from optkit.engines.parallel.stages import bounds_of
 
 SECONDS = st.floats(0.1, 10)
@@ -43,6 +43,17 @@ def test_a_heavy_head_takes_blocks_off_the_last_stage() -> None:
 def test_times_are_measured_for_every_block(tiny_llama) -> None:
     times = step_times(tiny_llama())
     assert len(times.blocks) == 3 and min(*times.blocks, times.before, times.after) > 0
+
+
+def test_blocks_of_one_shape_have_one_time_and_others_their_own() -> None:
+    assert shared(["wide", "wide", "narrow", "wide"], [4.0, 5.0, 1.0, 9.0]) == (5.0, 5.0, 1.0, 5.0)
+
+
+def test_the_measured_times_of_blocks_that_differ_are_not_mixed(tiny_llama) -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp = nn.Identity()
+    first, without_ffn, last = step_times(model).blocks
+    assert first == last and without_ffn < first
 
 
 @pytest.mark.parametrize(("counts", "told"), [((2, 2), "are 2 with 4 blocks; expected 2 with 3"), ((3,), "are 1 with 3 blocks")])
