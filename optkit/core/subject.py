@@ -14,7 +14,8 @@ from optkit.core.group import Group
 from optkit.core.mesh import ALONE, Mesh
 
 Execution = Literal["real", "simulated", "neutral"]  # neutral: it claims no gain in speed or size
-Kind = Literal["causal-lm", "module"]
+Kind = Literal["causal-lm", "seq2seq-lm", "module"]
+GENERATING: tuple[Kind, ...] = ("causal-lm", "seq2seq-lm")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Step:
 class Subject:
     """A model on its way through a recipe. Transforms return a new one with a longer history.
 
-    ``kind`` says which engine fits: a causal language model generates, a plain module only runs forward. ``trained`` is False
+    ``kind`` says which engine fits: a causal language model goes on with a text, a sequence-to-sequence model answers one, a plain
+    module only runs forward. ``trained`` is False
     for random weights: quality is then withheld. ``mesh`` says how many processes serve it together, and in which roles. ``network``
     says how a module that was trained here is made anew: the name of its network, its settings, and what its task needs.
     """

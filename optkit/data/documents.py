@@ -56,7 +56,7 @@ def file_corpus(patterns: Sequence[str], column: str) -> Corpus:
     Raises:
         DataError: a pattern matches no file, a row is broken (file and row are named), or there is no text.
     """
-    texts = [text for path in files_of(patterns) for text in _read(path, column)]
+    texts = [text for path in files_of(patterns) for text in texts_of(path, column)]
     return split(", ".join(Path(pattern).name for pattern in patterns), texts)
 
 
@@ -124,7 +124,12 @@ def _expand(pattern: str) -> list[Path]:
         raise DataError(f"corpus: {pattern!r} is no file and no pattern: {error}") from None
 
 
-def _read(path: Path, column: str) -> list[str]:
+def texts_of(path: Path, column: str) -> list[str]:
+    """Return the texts of a file: of a table those in a column, of any other the whole.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
     try:
         if path.suffix in tables.SUFFIXES:
             return [row.text(column) for row in tables.rows(path, [column])]

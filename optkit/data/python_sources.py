@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
+from optkit.core.errors import DataError
+from optkit.data.sides import Sides, side_of
+
 Split = Literal["train", "eval"]
 
 _HOLD_OUT = 8
@@ -33,6 +36,26 @@ def standard_library(split: Split) -> list[Path]:
         for path in files
         if is_held_out(path.relative_to(root)) and not is_test(path.relative_to(root)) and not _TABLES & set(path.relative_to(root).parts)
     ]
+
+
+def sources_by_side() -> Sides[str]:
+    """Return the texts of the standard library's source files: the held-out ones for evaluation, the rest, without tests, parted by name.
+
+    Raises:
+        DataError: this interpreter came without the sources of its library.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    sides: Sides[str] = Sides("python", evaluation=[text for path in standard_library("eval") if (text := read_source(path))])
+    known = set(sides.evaluation)
+    for path in standard_library("train"):
+        relative = path.relative_to(root)
+        if not is_test(relative) and not _TABLES & set(relative.parts) and (text := read_source(path)) and text not in known:
+            known.add(text)
+            side = side_of(relative.as_posix())
+            sides.of("training" if side == "evaluation" else side).append(text)
+    if not sides.evaluation or not sides.training:
+        raise DataError("this Python has no sources of its standard library; name text files: corpus: {files: [...]}")
+    return sides.checked()
 
 
 def installed_packages() -> list[Path]:

@@ -27,15 +27,18 @@ def by_lexical_class() -> Sides[Tagged]:
         DataError: this interpreter came without the sources of its library.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for side in ("train", "eval") for path in standard_library(side) if not is_test(path.relative_to(root))]
+    files = sorted(path for side in ("train", "eval") for path in standard_library(side) if not is_test(path.relative_to(root)))
     step = max(1, len(files) // _FILES)
-    keyed = []
-    for path in sorted(files)[::step]:
-        lines = [line for line in _lines(read_source(path)) if _SHORTEST <= len(line.words) <= _LONGEST]
-        keyed += [(path.relative_to(root).as_posix(), line) for line in lines[:: max(1, len(lines) // _LINES)]]
+    keyed = [(path.relative_to(root).as_posix(), line) for path in files[::step] for line in tagged_lines(path)]
     if not keyed:
         raise DataError("this Python has no sources of its standard library; name a file of your own")
     return parted("python tokens", keyed)
+
+
+def tagged_lines(path: Path) -> list[Tagged]:
+    """Return some logical lines of a source file, evenly spread, as words with their lexical class."""
+    lines = [line for line in _lines(read_source(path)) if _SHORTEST <= len(line.words) <= _LONGEST]
+    return lines[:: max(1, len(lines) // _LINES)]
 
 
 def _lines(source: str) -> Iterator[Tagged]:

@@ -32,6 +32,14 @@ class Tagged:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A text, and the answers that are right: the first is the one to learn."""
+
+    text: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Window:
     """A stretch of a series: its first day, and the values of each day."""
 
@@ -98,6 +106,26 @@ def shares_of(sizes: Mapping[str, int]) -> dict[str, Side]:
         found[name] = side
         lacks[side] -= sizes[name]
     return found
+
+
+def stretched(name: str, texts: Iterable[str]) -> Sides[str]:
+    """Cut each of a few long texts into a stretch a side, at ends of lines where there are some: training first, evaluation last.
+
+    Raises:
+        DataError: a side has nothing.
+    """
+    sides: Sides[str] = Sides(name)
+    for text in texts:
+        start = done = 0
+        for side, share in reversed(_SIXTEENTHS):
+            done += share
+            wanted = len(text) * done // 16
+            end = text.find("\n", wanted) + 1 or wanted
+            end = len(text) if done == 16 else max(start, min(end, len(text)))
+            if text[start:end].strip():
+                sides.of(side).append(text[start:end])
+            start = end
+    return sides.checked()
 
 
 def parted(name: str, keyed: Iterable[tuple[str, T]]) -> Sides[T]:

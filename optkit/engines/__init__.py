@@ -13,6 +13,7 @@ from optkit.engines.native import NativeEngine, refusal
 from optkit.engines.offloading import explain, is_offloaded
 from optkit.engines.parallel.part import Part
 from optkit.engines.pipelined import PipelineEngine
+from optkit.engines.seq2seq import Seq2SeqEngine
 from optkit.kernels.peers import SharedPeers
 
 
@@ -33,6 +34,12 @@ def engine_for(subject: Subject, part: Part | None = None) -> Engine | ForwardEn
         raise TransformError(reason)
     if part is not None and part.mesh.pipeline > 1:
         return PipelineEngine(subject.module, part)
+    if subject.kind == "seq2seq-lm":
+        if backend is not None:
+            raise TransformError(
+                "an encoder with a decoder runs by its own forward, and no compiled engine knows it yet; leave out compile"
+            )
+        return Seq2SeqEngine(subject.module)
     if subject.kind != "causal-lm":
         return EagerForward(subject.module) if backend is None else CompiledForward(subject.module)
     if backend is None:
@@ -80,7 +87,7 @@ def _told(engine: Engine | ForwardEngine) -> str | None:
     if isinstance(engine, KvCacheEngine):
         recent = f", the {engine.keep_recent} most recent positions as they are" if engine.keep_recent else ""
         return f"the model's own forward, keys and values kept in {engine.bits} bits{recent} and given to attention as floats"
-    if isinstance(engine, EagerEngine | EagerForward) and is_offloaded(engine.module):
+    if isinstance(engine, EagerEngine | EagerForward | Seq2SeqEngine) and is_offloaded(engine.module):
         return f"the model's own forward; {explain(engine.module)}"
     if isinstance(engine, CompiledEngine):
         reason = refusal(engine.module)
@@ -99,6 +106,7 @@ __all__ = [
     "KvCacheEngine",
     "NativeEngine",
     "PipelineEngine",
+    "Seq2SeqEngine",
     "engine_for",
     "refusal_of_parts",
     "told",

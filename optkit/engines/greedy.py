@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -12,16 +13,16 @@ class Greedy:
     """The base of engines that give the logits of each step."""
 
     @abstractmethod
-    def prefill(self, input_ids: Tensor) -> Tensor:
-        """Take (b, p) input ids, fill the cache and return the (b, v) logits of the last position."""
+    def prefill(self, request: Any) -> Tensor:
+        """Take (b, p) input ids, or what an encoder reads; fill the cache and return the (b, v) logits of the next token."""
 
     @abstractmethod
     def step(self, token_ids: Tensor) -> Tensor:
         """Take (b,) token ids, one for each sequence, and return their (b, v) logits."""
 
-    def first(self, input_ids: Tensor) -> Tensor:
-        """Take (b, p) input ids, fill the cache and return the (b,) most likely next tokens."""
-        return self.prefill(input_ids).argmax(-1)
+    def first(self, request: Any) -> Tensor:
+        """Take what ``prefill`` takes, fill the cache and return the (b,) most likely next tokens."""
+        return self.prefill(request).argmax(-1)
 
     def further(self, token_ids: Tensor, count: int) -> Iterator[Tensor]:
         """Go on from (b,) tokens, and yield the (b,) next ones so many times."""

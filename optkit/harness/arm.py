@@ -19,7 +19,7 @@ from optkit.core.device import CPU, device_of
 from optkit.core.errors import telling
 from optkit.core.group import Group
 from optkit.core.mesh import ALONE
-from optkit.core.subject import Calibration, Subject
+from optkit.core.subject import GENERATING, Calibration, Subject
 from optkit.engines import engine_for, told
 from optkit.engines.offloading import is_offloaded
 from optkit.engines.parallel.connect import part_for
@@ -174,7 +174,7 @@ class Arm:
         """Begin a timed measurement at one batch size and warm it up by a whole request; the time of that is told apart."""
         meter = recipe_from_dict(recipe).measure["latency"]
         session = meter.session(self._arm(), batch_size, self._group)  # type: ignore[attr-defined]
-        generates = self._arm().subject.kind == "causal-lm"
+        generates = self._arm().subject.kind in GENERATING
         if generates:
             self._arm().engine.reset()  # a rank without a sequence of this batch would still hold one of the last
         warm_up = [session.block() for _ in range(meter.blocks_per_round(generates))]  # type: ignore[attr-defined]
@@ -195,7 +195,7 @@ class Arm:
         """Return this rank's peak resident memory since serving began, what the empty runtime took, what its cache holds now, and the
         share of the last session's time that it has waited for other parts of the model.
         """
-        generates = self._opened is not None and self._opened.subject.kind == "causal-lm"
+        generates = self._opened is not None and self._opened.subject.kind in GENERATING
         held = self._arm().engine.cache_bytes() if generates else 0
         waiting = self._waited_s / self._busy_s if self._busy_s else 0.0
         return {"peak_bytes": peak_bytes(self._device), "runtime_bytes": self._runtime_bytes, "cache_bytes": held, "waiting": waiting}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from optkit.core.measurement import Comparison, Measurement, Metric, Samples
+from optkit.core.subject import GENERATING
 from optkit.harness import statistics
 from optkit.harness.stages import AGAIN, BASELINE, ONE, OPTIMIZED, STEP
 from optkit.harness.trial import REFERENCE_EVERY, columns_of
@@ -112,7 +113,7 @@ def assemble(
 def _gather(recipe: Recipe, task: Task, results: dict[str, Any]) -> _Arms:
     arms = _Arms()
     meter = recipe.measure.get("latency")
-    generates = results["baseline"]["kind"] == "causal-lm"
+    generates = results["baseline"]["kind"] in GENERATING
     for size, timing in results["timing"].items():
         assert isinstance(meter, Latency)
         for name, rounds in timing["rounds"].items():

@@ -13,7 +13,7 @@ from optkit.core import files
 from optkit.core.device import device_of
 from optkit.core.errors import DataError, ModelError, OptkitError, Problem, ProblemsError, ResourceError
 from optkit.core.registry import did_you_mean
-from optkit.core.subject import Kind, Subject
+from optkit.core.subject import GENERATING, Kind, Subject
 from optkit.harness.workloads import supervised, task_for
 from optkit.kernels.native import refuse_unknown_choice
 from optkit.measure.latency import Latency, sized
@@ -147,8 +147,8 @@ def _compared(recipe: Recipe, task: Task, kind: Kind) -> list[str]:
     names = ["artefact_bytes", "weight_bytes_per_token"]
     latency = recipe.measure.get("latency")
     if isinstance(latency, Latency):
-        names += [metric.name for size in latency.batch_sizes for metric in latency.metrics(size, kind == "causal-lm")]
-        names += [sized("cache_bytes", size) for size in latency.batch_sizes if kind == "causal-lm"]
+        names += [metric.name for size in latency.batch_sizes for metric in latency.metrics(size, kind in GENERATING)]
+        names += [sized("cache_bytes", size) for size in latency.batch_sizes if kind in GENERATING]
     if "memory" in recipe.measure:
         names.append("peak_memory_bytes")
         if any(step.stage is Stage.PARALLEL for step in recipe.transforms):
@@ -161,7 +161,7 @@ def _compared(recipe: Recipe, task: Task, kind: Kind) -> list[str]:
 def _positions(recipe: Recipe, name: str, outline: Subject) -> Iterator[Problem]:
     latency = recipe.measure.get("latency")
     most = getattr(getattr(outline.module, "config", None), "max_position_embeddings", None)
-    if isinstance(latency, Latency) and isinstance(most, int) and latency.prompt_tokens + latency.new_tokens > most:
-        wanted = latency.prompt_tokens + latency.new_tokens
-        message = f"prompt_tokens and new_tokens make {wanted} positions together, and the model has {most}"
+    wanted = latency.new_tokens + (latency.prompt_tokens if outline.kind == "causal-lm" else 0) if isinstance(latency, Latency) else 0
+    if isinstance(most, int) and outline.kind in GENERATING and wanted > most:
+        message = f"prompts and new_tokens make {wanted} positions together, and the model has {most}"
         yield Problem(line_of(name, ("measure", "latency")), "measure.latency", message)

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from optkit.core import files
+from optkit.core.subject import GENERATING
 from optkit.harness.folder import RunFolder
 from optkit.harness.hosts import HERE, Hosts
 from optkit.harness.processes import LazyWorkers, Workers
@@ -165,7 +166,7 @@ class Stages:
     def _timing(self, arms: dict[str, Workers], size: int, kind: str) -> Any:
         meter = self._recipe.measure["latency"]
         assert isinstance(meter, Latency)
-        generates = kind == "causal-lm"
+        generates = kind in GENERATING
         schedule = Schedule(size, meter.blocks_per_round(generates), meter.judged(size, generates), meter.precision, meter.seconds)
         first = {name: arms[name] for name in (BASELINE, OPTIMIZED, AGAIN)}
         rest = {name: workers for name, workers in arms.items() if name not in first}

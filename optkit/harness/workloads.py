@@ -8,30 +8,35 @@ from torch import nn
 
 from optkit.core.errors import OptkitError
 from optkit.core.subject import Kind
-from optkit.recipe.schema import Recipe
+from optkit.recipe.schema import Recipe, word_of
 from optkit.tasks import TASKS, Task
 from optkit.tasks.supervised import Supervised
 
 _DEFAULTS = {"causal-lm": "language-modeling"}
+_CALLED: dict[Kind, str] = {
+    "causal-lm": "models that go on with a text",
+    "seq2seq-lm": "models that answer one text by another",
+    "module": "models that only run forward",
+}
 
 
 def task_for(recipe: Recipe, kind: Kind, workload: str | None = None) -> Task:
     """Return the task of the workload, of the recipe, or the usual one for this kind of model.
 
     Raises:
-        OptkitError: there is no usual one, or the recipe's is for models that generate and this one does not.
+        OptkitError: there is no usual one, or the recipe's is for models of another kind.
     """
     if workload is not None:
         return build_workload(workload)[1]
-    if kind in _DEFAULTS and isinstance(recipe.task, Supervised):
-        raise OptkitError(f"{recipe.task.word()} is for models that run forward, and this one generates")
-    own = "bring a task of your own from Python: optkit.run(recipe, workload='module:function')"
-    if kind not in _DEFAULTS and isinstance(recipe.task, TASKS[_DEFAULTS["causal-lm"]]):
-        raise OptkitError(f"language-modeling is for models that generate, and this one only runs forward; {own}")
+    able = ", ".join(name for name in TASKS if kind in TASKS[name].kinds)
+    way = f"task: one of {able}; or bring one of your own from Python: optkit.run(recipe, workload='module:function')"
+    if recipe.task is not None and kind not in recipe.task.kinds:
+        fit = " and ".join(_CALLED[one] for one in recipe.task.kinds)
+        raise OptkitError(f"{word_of(TASKS, recipe.task)} is for {fit}, and this is one of the {_CALLED[kind]}; {way}")
     if recipe.task is not None:
         return recipe.task
     if kind not in _DEFAULTS:
-        raise OptkitError(f"a model that does not generate has no usual task; {own}")
+        raise OptkitError(f"{_CALLED[kind]} have no usual task, and the recipe names none; {way}")
     return TASKS[_DEFAULTS[kind]]()
 
 

@@ -18,7 +18,7 @@ from optkit.core.errors import MissingError, PlaceError, ResourceError
 from optkit.core.files import write_bytes
 
 _HERE = Path(__file__).parent
-SOURCES = (_HERE / "linear.c", _HERE / "decode.c", _HERE / "sparse.c", _HERE / "peers.c")
+SOURCES = (_HERE / "linear.c", _HERE / "decode.c", _HERE / "sparse.c", _HERE / "lstm.c", _HERE / "peers.c")
 OPERATOR = _HERE / "operator.cpp"
 HEADERS = tuple(
     _HERE / f"{name}.h"

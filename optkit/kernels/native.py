@@ -56,6 +56,7 @@ class Native:
     decoder_room: Callable[..., int]
     sparse_few: Callable[..., int]
     sparse_dense: Callable[..., int]
+    lstm: Callable[..., int]
     sum: Callable[..., int]
     backend: Backend
 
@@ -171,6 +172,7 @@ def _open(best: Backend, reason: str) -> _Choice:
     library.optkit_decoder_room.restype = count
     library.optkit_sparse_few.argtypes = [address, address, address, address, count, flag]
     library.optkit_sparse_dense.argtypes = [address, address, flag]
+    library.optkit_lstm.argtypes = [address, count, count, count, flag]
     library.optkit_sum.argtypes = [address, address, count]
     opened = Native(
         library.optkit_linear,
@@ -179,6 +181,7 @@ def _open(best: Backend, reason: str) -> _Choice:
         library.optkit_decoder_room,
         library.optkit_sparse_few,
         library.optkit_sparse_dense,
+        library.optkit_lstm,
         library.optkit_sum,
         backend=best,
     )

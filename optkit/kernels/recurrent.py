@@ -86,6 +86,11 @@ class PackedRecurrent(nn.RNNBase):
         ways = {"batch_first": self.batch_first, "bidirectional": self.bidirectional, "dropout": self.dropout, "dtype": kind}
         return sizes | ways
 
+    def passes(self, flat: Tensor, sizes: list[int], states: list[States], names: list[str]) -> tuple[list[Tensor], list[States]]:
+        """Go through time once for each of these places; return the outputs and the last states of each."""
+        found = [self._pass(flat, sizes, state, name) for state, name in zip(states, names, strict=True)]
+        return [output for output, _ in found], [state for _, state in found]
+
     @abstractmethod
     def cell(self, given: Tensor, product: Tensor, states: States) -> States:
         """Return the next states (b, hidden), the visible one first, from both products (b, gates * hidden) and the states before."""
@@ -138,11 +143,10 @@ class PackedRecurrent(nn.RNNBase):
         """Go through all layers over time steps that lie one after another: ``sizes`` says how many rows each has, never more later."""
         last: list[States] = []
         for layer in range(self.num_layers):
-            outputs = []
-            for place in list(places(self.num_layers, self.bidirectional))[len(last) : len(last) + 1 + self.bidirectional]:
-                output, state = self._pass(flat, sizes, tuple(one[len(last)] for one in states), place)
-                outputs.append(output)
-                last.append(state)
+            names = list(places(self.num_layers, self.bidirectional))[len(last) : len(last) + 1 + self.bidirectional]
+            begun = [tuple(one[len(last) + direction] for one in states) for direction in range(len(names))]
+            outputs, ended = self.passes(flat, sizes, begun, names)
+            last += ended
             flat = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
             if self.dropout and layer < self.num_layers - 1:
                 flat = functional.dropout(flat, self.dropout, self.training)

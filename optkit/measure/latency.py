@@ -25,7 +25,8 @@ class Latency(Meter):
     """Requests of ``prompt_tokens``, continued by ``new_tokens``, at each of ``batch_sizes``.
 
     TTFT is the time to the first token; TPOT is (end to end - TTFT) / (new_tokens - 1), ITL each gap between tokens: the definitions
-    of https://docs.nvidia.com/nim/benchmarking. For a subject that does not generate, the time of a forward pass.
+    of https://docs.nvidia.com/nim/benchmarking. A subject with an encoder reads items of its task instead of prompts, and that is part
+    of the TTFT. For a subject that does not generate, the time of a forward pass.
     """
 
     timed: ClassVar[bool] = True
@@ -37,9 +38,13 @@ class Latency(Meter):
 
     def session(self, arm: Opened, batch_size: int, group: Group) -> Session:
         """Return a measurement in progress at one batch size; every rank of the group opens one."""
+        rows = group.rows(batch_size)
         if arm.subject.kind == "causal-lm":
             prompts = arm.task.prompts(arm.subject, batch_size, self.prompt_tokens)
-            return _Generation(arm, prompts, self.new_tokens, group)
+            return _Generation(arm, prompts[rows], rows, self.new_tokens, group)
+        if arm.subject.kind == "seq2seq-lm":
+            request = {name: tensor[rows] for name, tensor in arm.task.batch(arm.subject, batch_size).items()}
+            return _Generation(arm, request, rows, self.new_tokens, group)
         return _Forward(arm, batch_size, group)
 
     def blocks_per_round(self, generates: bool) -> int:
@@ -65,9 +70,9 @@ def sized(metric: str, batch_size: int) -> str:
 class _Generation:
     """One request after another; a block is a prefill, or the next few tokens."""
 
-    def __init__(self, arm: Opened, prompts: Tensor, new_tokens: int, group: Group) -> None:
+    def __init__(self, arm: Opened, prompts: Tensor | Mapping[str, Tensor], rows: slice, new_tokens: int, group: Group) -> None:
         self._engine = arm.engine
-        self._prompts = prompts[group.rows(len(prompts))]
+        self._prompts, self._empty = prompts, rows.start == rows.stop
         self._new_tokens = new_tokens
         self._group = group
         self._left = 0
@@ -83,7 +88,7 @@ class _Generation:
 
     def _timed(self, work: Callable[[], list[float]]) -> list[float]:
         self._group.wait()
-        return self._group.slowest([1e3 * (after - before) for before, after in pairwise(work() if len(self._prompts) else [])])
+        return self._group.slowest([1e3 * (after - before) for before, after in pairwise([] if self._empty else work())])
 
     def _first(self) -> list[float]:
         """Take the prompts twice, and return when the second time began and ended."""

@@ -61,10 +61,14 @@ def build(kind: Any, config: Any) -> nn.Module:
 
 
 def kind_of(module: nn.Module) -> Kind:
-    """Return which engine a module needs. What has an encoder runs forward only, though some of it could generate."""
+    """Return which engine a module needs. What writes for something other than text, such as sound, runs forward only."""
     generates = getattr(module, "can_generate", None)
     config = getattr(module, "config", None)
-    return "causal-lm" if callable(generates) and generates() and not _looks_both_ways(config) else "module"
+    if not (callable(generates) and generates()) or getattr(module, "main_input_name", "input_ids") != "input_ids":
+        return "module"
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq-lm"
+    return "module" if _looks_both_ways(config) else "causal-lm"
 
 
 def _looks_both_ways(config: Any) -> bool:

@@ -6,14 +6,14 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from optkit.core.group import Group
 from optkit.core.measurement import Metric, Samples
 from optkit.core.settings import Settings
-from optkit.core.subject import Calibration, Subject
+from optkit.core.subject import Calibration, Kind, Subject
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,12 @@ class DataCard:
 
 
 class Task(Settings):
-    """What a subject is for. Its calibration data never overlaps its evaluation data."""
+    """What a subject is for. Its calibration data never overlaps its evaluation data.
+
+    ``kinds`` are those of the subjects that it can judge.
+    """
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("module",)
 
     def withheld(self, subject: Subject) -> str | None:
         """Return why this subject's quality means nothing, or None where it can be judged."""
@@ -69,9 +74,9 @@ class Task(Settings):
         """Return the quality metrics, the most important first."""
 
     def prompts(self, subject: Subject, count: int, length: int) -> Tensor:
-        """Return ``(count, length)`` input ids for timing; real text where there is some. Only for subjects that generate."""
+        """Return ``(count, length)`` input ids for timing; real text where there is some. Only for causal language models."""
         raise TypeError(f"{type(self).__name__} has no prompts: its subjects do not generate")
 
     def batch(self, subject: Subject, size: int) -> Mapping[str, Tensor]:
-        """Return the keyword inputs of one forward pass over ``size`` items, for timing. Only for subjects that do not generate."""
-        raise TypeError(f"{type(self).__name__} has no batches: its subjects generate")
+        """Return the keyword inputs of ``size`` items, for timing: of one forward pass, or of what an encoder reads."""
+        raise TypeError(f"{type(self).__name__} has no batches: its subjects go on with prompts")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -17,10 +17,11 @@ from optkit.core.errors import DataError
 from optkit.core.group import Group
 from optkit.core.measurement import Metric, Samples
 from optkit.core.settings import Settings
-from optkit.core.subject import Calibration, Subject
+from optkit.core.subject import Calibration, Kind, Subject
 from optkit.data.documents import Corpus, file_corpus, files_of, hub_corpus, python_corpus
 from optkit.tasks.answers import Answers, kept_positions
 from optkit.tasks.contract import DataCard, Task
+from optkit.tasks.windows import cut, refuse_unknown_tokens, spread, stream_of
 
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 _PROMPTS, _PROMPT_TOKENS, _CONTINUED_TOKENS = 16, 64, 48
@@ -46,6 +47,7 @@ class TextFiles(Settings):
 class LanguageModeling(Task):
     """Next-token prediction on a corpus, in windows; perplexity is normalized by token, bits per byte by UTF-8 byte of the same text."""
 
+    kinds: ClassVar[tuple[Kind, ...]] = ("causal-lm",)
     corpus: str | TextFiles | HubText = Field(default="python", description="'python' is the held-out standard library")
     window: Annotated[int, Field(ge=2, le=1_000_000)] = Field(default=512, description="tokens the model sees at once")
     stride: Count | None = Field(default=None, description="tokens between windows; default: window, without overlap")
@@ -68,8 +70,8 @@ class LanguageModeling(Task):
 
     def calibration(self, subject: Subject, items: int = 32) -> Calibration:
         """Return windows of the calibration texts, evenly spread over them, in batches of 4."""
-        windows = _cut(self._stream(subject, "calibration"), self._window(subject), None)
-        return Calibration(tuple({"input_ids": rows} for rows in _spread(windows, items).split(4)))
+        windows = cut(self._stream(subject, "calibration"), self._window(subject), None)
+        return Calibration(tuple({"input_ids": rows} for rows in spread(windows, items).split(4)))
 
     def evaluate(self, subject: Subject, engine: Any, group: Group, reference: Path | None, keep: Path | None) -> Samples:
         """Return a row a window: sums of negative log likelihood (nats), tokens, bytes, hits; and the agreement with the baseline."""
@@ -131,8 +133,8 @@ class LanguageModeling(Task):
         if subject.tokenizer is None:
             vocabulary: int = subject.module.config.vocab_size  # type: ignore[union-attr,assignment]
             return torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
-        windows = _cut(self._stream(subject, "evaluation"), length, None)
-        return _spread(windows.repeat(-(-count // len(windows)), 1), count)
+        windows = cut(self._stream(subject, "evaluation"), length, None)
+        return spread(windows.repeat(-(-count // len(windows)), 1), count)
 
     def _continue(self, subject: Subject, engine: Any, group: Group) -> Tensor:
         prompts = self.prompts(subject, _PROMPTS, _PROMPT_TOKENS)
@@ -144,8 +146,8 @@ class LanguageModeling(Task):
         return torch.tensor(group.join(torch.stack(tokens, 1).tolist() if tokens else []))
 
     def _evaluated(self, subject: Subject) -> tuple[Corpus, Tensor]:
-        windows = _cut(self._stream(subject, "evaluation"), self._window(subject), self.stride)
-        return self._texts(), _spread(windows, max(1, self.tokens // windows.shape[1]))
+        windows = cut(self._stream(subject, "evaluation"), self._window(subject), self.stride)
+        return self._texts(), spread(windows, max(1, self.tokens // windows.shape[1]))
 
     def _window(self, subject: Subject) -> int:
         longest = getattr(subject.module.config, "max_position_embeddings", None) or self.window
@@ -155,10 +157,19 @@ class LanguageModeling(Task):
         """Return the token ids of one part of the corpus, made once for a tokenizer: it takes seconds, and is asked for again and again."""
         tokenizer, stream = self._kept.get((part, self.corpus), (None, None))
         if stream is None or tokenizer is not subject.tokenizer:
-            stream = _stream(subject, getattr(self._texts(), part))
+            stream = self._fitting(subject, getattr(self._texts(), part))
             self._kept[part, self.corpus] = subject.tokenizer, stream
         found: Tensor = stream
         return found
+
+    def _fitting(self, subject: Subject, texts: tuple[str, ...]) -> Tensor:
+        if subject.tokenizer is None:
+            raise DataError(f"model {subject.source!r} has no tokenizer, so no text can be given to it")
+        if not texts:
+            raise DataError("the corpus has too little text to set some aside for calibration; give more")
+        stream = stream_of(subject.tokenizer, texts)
+        refuse_unknown_tokens(subject, stream)
+        return stream
 
     def _texts(self) -> Corpus:
         if self.corpus not in self._kept:
@@ -184,39 +195,6 @@ class LanguageModeling(Task):
         if isinstance(self.corpus, TextFiles):
             return self.corpus.files
         return (self.corpus,) if isinstance(self.corpus, str) and self.corpus != "python" else ()
-
-
-def _stream(subject: Subject, texts: tuple[str, ...]) -> Tensor:
-    """Return the token ids of all texts in a row, each begun by the tokenizer's first special token where it has one."""
-    if subject.tokenizer is None:
-        raise DataError(f"model {subject.source!r} has no tokenizer, so no text can be given to it")
-    if not texts:
-        raise DataError("the corpus has too little text to set some aside for calibration; give more")
-    begin = next((i for i in (subject.tokenizer.bos_token_id, subject.tokenizer.eos_token_id) if i is not None), None)
-    encoded = subject.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    stream = torch.tensor([token for ids in encoded for token in ([] if begin is None else [begin]) + ids], dtype=torch.long)
-    known: int = subject.module.config.vocab_size  # type: ignore[union-attr,assignment]
-    if stream.numel() and int(stream.max()) >= known:
-        raise DataError(
-            f"the tokenizer of model {subject.source!r} gives token {int(stream.max())}, and the model knows {known}: "
-            "they do not belong together"
-        )
-    return stream
-
-
-def _cut(stream: Tensor, window: int, stride: int | None) -> Tensor:
-    """Return (w, window) windows; the last, incomplete one is left out unless it is the only one."""
-    if stream.numel() < 2:
-        raise DataError("the corpus is too short: not two tokens")
-    window = min(window, stream.numel())
-    return stream.unfold(0, window, stride or window)
-
-
-def _spread(windows: Tensor, count: int) -> Tensor:
-    """Return at most ``count`` rows, evenly spread."""
-    if len(windows) <= count:
-        return windows
-    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
 
 
 @torch.inference_mode()

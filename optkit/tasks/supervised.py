@@ -90,11 +90,16 @@ class Supervised(Task):
         return DataCard(self.word(), self.sides.name, self.sides.sha256("evaluation"), len(self.sides.evaluation), sizes)
 
     def calibration(self, subject: Subject, items: int = 32) -> Calibration:
-        """Return the inputs of calibration items, evenly spread over them, in batches of 32."""
+        """Return the inputs of calibration items, evenly spread over them, in batches of 32; for more, those of training items too."""
         found = self.examples("calibration", subject.tokenizer)
-        chosen = torch.linspace(0, len(found) - 1, min(items, len(found))).round().long()
-        inputs = {name: tensor[chosen] for name, tensor in found.inputs.items()}
-        return Calibration(tuple(batch for batch, _ in Examples(inputs, found.answers[chosen]).batches()))
+        batches = _spread(found, items)
+        if items > len(found):
+            batches += _spread(self.examples("training", subject.tokenizer), items - len(found))
+        return Calibration(tuple(batches))
+
+    def judged(self, subject: Subject, engine: Any, inputs: Mapping[str, Tensor], answers: Tensor) -> dict[str, Tensor]:
+        """Return the columns of ``judge`` for a batch: of what one forward pass gives."""
+        return self.judge(engine.forward(inputs), answers)
 
     @torch.inference_mode()
     def evaluate(self, subject: Subject, engine: Any, group: Group, reference: Path | None, keep: Path | None) -> Samples:
@@ -102,7 +107,7 @@ class Supervised(Task):
         found = self.examples("evaluation", subject.tokenizer)
         parts: dict[str, list[Any]] = {}
         for inputs, answers in found.batches(group.rows(len(found))):
-            for name, column in self.judge(engine.forward(inputs), answers).items():
+            for name, column in self.judged(subject, engine, inputs, answers).items():
                 parts.setdefault(name, []).extend(column.tolist())
         joined = group.join([parts])
         columns = {name: np.array([value for part in joined for value in part[name]], dtype=np.float64) for name in joined[0]}
@@ -125,6 +130,13 @@ class Supervised(Task):
         from optkit.tasks import TASKS
 
         return next(name for name in TASKS if TASKS[name] is cls)
+
+
+def _spread(found: Examples, items: int) -> list[Mapping[str, Tensor]]:
+    """Return the inputs of at most so many items, evenly spread, in batches."""
+    chosen = torch.linspace(0, len(found) - 1, min(items, len(found))).round().long()
+    inputs = {name: tensor[chosen] for name, tensor in found.inputs.items()}
+    return [batch for batch, _ in Examples(inputs, found.answers[chosen]).batches()]
 
 
 def logits_of(output: Any) -> Tensor:

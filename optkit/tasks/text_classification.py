@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,12 +17,14 @@ from torch.nn import functional
 from optkit.core.errors import DataError
 from optkit.core.measurement import Array, Metric, Samples
 from optkit.core.settings import Settings
+from optkit.core.subject import Subject
 from optkit.data import tables
 from optkit.data.docstrings import by_package
 from optkit.data.documents import files_of
 from optkit.data.hub import hub_rows
 from optkit.data.sides import Labelled, Side, Sides, parted
 from optkit.tasks.classes import Score, counts, f1, precision, recall
+from optkit.tasks.naming import places_of
 from optkit.tasks.supervised import Examples, Supervised, logits_of
 
 Length = Annotated[int, Field(ge=4, le=100_000)]
@@ -54,6 +57,7 @@ class TextClassification(Supervised):
         default="docstrings", description="'docstrings' are those of the standard library, by package"
     )
     length: Length = Field(default=64, description="tokens of a text, at most")
+    called: Mapping[str, str] = Field(default_factory=dict, description="the model's name for a class, where it has another")
 
     def read(self) -> Sides[Labelled]:
         """Return the texts with their classes."""
@@ -90,6 +94,12 @@ class TextClassification(Supervised):
         found = tokenizer([item.text for item in items], padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
         inputs = {name: found[name] for name in ("input_ids", "attention_mask")}
         return Examples(inputs, torch.tensor([self.labels.index(item.label) for item in items]))
+
+    def judged(self, subject: Subject, engine: Any, inputs: Mapping[str, Tensor], answers: Tensor) -> dict[str, Tensor]:
+        """Return the columns of ``judge`` for a batch, the model's classes in the order of the data's."""
+        logits = logits_of(engine.forward(inputs))
+        places = places_of(self.labels, subject, self.called)
+        return self.judge(logits if places is None else logits[..., places], answers)
 
     def loss(self, output: Any, answers: Tensor) -> Tensor:
         """Return the cross entropy."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -15,11 +15,13 @@ from torch.nn import functional
 from optkit.core.errors import DataError
 from optkit.core.measurement import Array, Metric, Samples
 from optkit.core.settings import Settings
+from optkit.core.subject import Subject
 from optkit.data.columns import read_columns
 from optkit.data.documents import files_of
 from optkit.data.python_tokens import by_lexical_class
 from optkit.data.sides import Side, Sides, Tagged, parted
 from optkit.tasks.classes import Counts, Score, f1, precision, recall
+from optkit.tasks.naming import places_of
 from optkit.tasks.supervised import Examples, Supervised, logits_of
 
 _IGNORED = -100  # of pieces that do not begin a word: PyTorch's cross entropy passes over it
@@ -41,6 +43,7 @@ class TokenClassification(Supervised):
         default="python", description="'python' are lines of the standard library by lexical class"
     )
     length: Annotated[int, Field(ge=4, le=100_000)] = Field(default=64, description="tokens of a line, at most")
+    called: Mapping[str, str] = Field(default_factory=dict, description="the model's name for a tag, where it has another")
 
     def read(self) -> Sides[Tagged]:
         """Return the lines with their tags."""
@@ -59,7 +62,7 @@ class TokenClassification(Supervised):
         return tuple(sorted({tag for item in self.sides.training for tag in item.tags}))
 
     @cached_property
-    def kinds(self) -> tuple[str, ...]:
+    def entity_kinds(self) -> tuple[str, ...]:
         """The kinds of entities, sorted."""
         return tuple(sorted({_kind(label) for label in self.labels if label != "O"}))
 
@@ -70,19 +73,29 @@ class TokenClassification(Supervised):
     def examples(self, side: Side, tokenizer: Any) -> Examples:
         """Return token ids (items, length) with their mask, and the tag of each word at its first piece (items, length)."""
         numbers = {label: number for number, label in enumerate(self.labels)}
-        ids, mask, answers = (torch.full((len(self.sides.of(side)), self.length), fill) for fill in (tokenizer.eos_token_id, 0, _IGNORED))
+        begin, end = ([one] if one is not None else [] for one in (tokenizer.cls_token_id, tokenizer.sep_token_id))
+        padding = next(one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if one is not None)
+        ids, mask, answers = (torch.full((len(self.sides.of(side)), self.length), fill) for fill in (padding, 0, _IGNORED))
         for row, item in enumerate(self.sides.of(side)):
             words = [f" {word}" if number else word for number, word in enumerate(item.words)]
             pieces = tokenizer(words, add_special_tokens=False)["input_ids"]
-            place = 0
+            place = len(begin)
+            ids[row, :place] = torch.tensor(begin, dtype=torch.long)
             for piece, tag in zip(pieces, item.tags, strict=True):
-                if place + len(piece) > self.length or not piece:
+                if place + len(piece) + len(end) > self.length or not piece:
                     break
                 ids[row, place : place + len(piece)] = torch.tensor(piece)
                 answers[row, place] = numbers.get(tag, _IGNORED)
                 place += len(piece)
-            mask[row, :place] = 1
+            ids[row, place : place + len(end)] = torch.tensor(end, dtype=torch.long)
+            mask[row, : place + len(end)] = 1
         return Examples({"input_ids": ids, "attention_mask": mask}, answers)
+
+    def judged(self, subject: Subject, engine: Any, inputs: Mapping[str, Tensor], answers: Tensor) -> dict[str, Tensor]:
+        """Return the columns of ``judge`` for a batch, the model's classes in the order of the data's."""
+        logits = logits_of(engine.forward(inputs))
+        places = places_of(self.labels, subject, self.called)
+        return self.judge(logits if places is None else logits[..., places], answers)
 
     def loss(self, output: Any, answers: Tensor) -> Tensor:
         """Return the cross entropy of the words."""
@@ -121,7 +134,11 @@ class TokenClassification(Supervised):
 
     def metrics(self) -> tuple[Metric, ...]:
         """F1 over all entities first, the mean over the kinds, each kind; the share of words; and the agreement with the baseline."""
-        named = [_entities(f"f1_{kind.lower()}", f1, index) for index, kind in enumerate(self.kinds) if len(self.kinds) <= _MOST_NAMED]
+        named = [
+            _entities(f"f1_{kind.lower()}", f1, index)
+            for index, kind in enumerate(self.entity_kinds)
+            if len(self.entity_kinds) <= _MOST_NAMED
+        ]
         return (
             _entities("f1", f1),
             _entities("precision", precision),
@@ -135,7 +152,7 @@ class TokenClassification(Supervised):
         places = [place for place, answer in enumerate(right) if answer != _IGNORED]
         mine, theirs = (set(entities([self.labels[side[place]] for place in places])) for side in (given, right))
         sums = [Counter(kind for kind, _, _ in found) for found in (mine & theirs, mine, theirs)]
-        return tuple(torch.tensor([one[kind] for kind in self.kinds]) for one in sums)  # type: ignore[return-value]
+        return tuple(torch.tensor([one[kind] for kind in self.entity_kinds]) for one in sums)  # type: ignore[return-value]
 
 
 def entities(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:

@@ -45,7 +45,7 @@ def score(task: TokenClassification, columns: Any, name: str) -> float:
 
 def test_an_entity_counts_only_as_a_whole(tmp_path: Path, tokenizer: Any) -> None:
     task = write(tmp_path / "own.txt")
-    assert task.labels == ("B-LOC", "B-PER", "I-PER", "O") and task.kinds == ("LOC", "PER")
+    assert task.labels == ("B-LOC", "B-PER", "I-PER", "O") and task.entity_kinds == ("LOC", "PER")
     answers = task.examples("evaluation", tokenizer).answers
     perfect = task.judge(functional.one_hot(answers.clamp_min(0), 4), answers)
     assert [score(task, perfect, name) for name in ("f1", "precision", "recall", "f1_loc", "accuracy")] == [1, 1, 1, 1, 1]

@@ -15,7 +15,9 @@ NETWORKS: Registry[Network] = Registry(
     {
         "bilstm": "optkit.models.networks.bilstm:Bilstm",
         "encoder": "optkit.models.networks.encoder:Encoder",
+        "gpt2": "optkit.models.networks.gpt2:Gpt2",
         "lstm-forecaster": "optkit.models.networks.lstm_forecaster:LstmForecaster",
+        "seq2seq": "optkit.models.networks.seq2seq:Seq2Seq",
         "transformer-forecaster": "optkit.models.networks.transformer_forecaster:TransformerForecaster",
     },
 )

@@ -26,7 +26,7 @@ _KINDS = (nn.Linear, nn.LSTM, nn.modules.conv._ConvNd)
 class PruneChannels(Transform):
     """Fewer outputs for convolutions, linear layers and LSTMs, by the norm of all that goes with one (Fang et al. 2023, arXiv 2301.12900).
 
-    LSTMs of several layers or two directions keep theirs, with a warning.
+    LSTMs of several layers keep theirs, with a warning; those of two directions lose as many in each.
     What depends on a channel goes with it: rows, columns, biases, statistics. The answers of the network keep their shape.
     """
 
@@ -125,7 +125,7 @@ def _left_alone(layers: dict[str, nn.Module]) -> list[nn.Module]:
     found = {name: layer for name, layer in layers.items() if isinstance(layer, nn.LSTM) and not is_simple(layer)}
     if found:
         warnings.warn(
-            f"prune_channels: {', '.join(found)} has several layers or directions and keeps its units", OptkitWarning, stacklevel=3
+            f"prune_channels: {', '.join(found)} has several layers or a projection and keeps its units", OptkitWarning, stacklevel=3
         )
     return list(found.values())
 

@@ -47,6 +47,7 @@ def pack_embedding(module: nn.Module) -> nn.Module:
 
 def _input_embedding(module: nn.Module) -> tuple[str, nn.Embedding | None]:
     find = getattr(module, "get_input_embeddings", None)
-    found = find() if callable(find) else None
+    sole = [layer for layer in module.modules() if isinstance(layer, nn.Embedding)]
+    found = find() if callable(find) else sole[0] if len(sole) == 1 else None
     name = next((name for name, layer in module.named_modules() if layer is found), "")
     return name, found if isinstance(found, nn.Embedding) else None

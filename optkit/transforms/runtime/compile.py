@@ -33,6 +33,10 @@ class Compile(Transform):
         """Refuse the native step where it does not know the model, a second compile, and a quantized cache that it cannot keep."""
         if any(step.name == self.step().name for step in plan.subject.history):
             raise TransformError("the model is compiled already; name compile once")
+        if plan.subject.kind == "seq2seq-lm":
+            raise TransformError(
+                "an encoder with a decoder runs by its own forward, and no compiled engine knows it yet; leave out compile"
+            )
         cache = next((step.settings for step in plan.subject.history if step.name == "kv_cache"), None)
         if cache is not None:
             refuse_compiled_cache(plan.subject.module, self.backend, cache)

@@ -1,0 +1,52 @@
+"""Texts as token ids, cut into windows of one length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optkit.core.errors import DataError
+from optkit.core.subject import Subject
+
+
+def stream_of(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Return the token ids of all texts in a row, each begun by the tokenizer's first special token where it has one."""
+    begin = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return torch.tensor([token for ids in encoded for token in ([] if begin is None else [begin]) + ids], dtype=torch.long)
+
+
+def refuse_unknown_tokens(subject: Subject, ids: Tensor) -> None:
+    """Refuse a model that knows fewer tokens than its tokenizer gives.
+
+    Raises:
+        DataError: with both numbers.
+    """
+    known: int = subject.module.config.vocab_size  # type: ignore[union-attr,assignment]
+    if ids.numel() and int(ids.max()) >= known:
+        raise DataError(
+            f"the tokenizer of model {subject.source!r} gives token {int(ids.max())}, and the model knows {known}: "
+            "they do not belong together"
+        )
+
+
+def cut(stream: Tensor, window: int, stride: int | None) -> Tensor:
+    """Return (w, window) windows; the last, incomplete one is left out unless it is the only one.
+
+    Raises:
+        DataError: there are not two tokens.
+    """
+    if stream.numel() < 2:
+        raise DataError("the corpus is too short: not two tokens")
+    window = min(window, stream.numel())
+    return stream.unfold(0, window, stride or window)
+
+
+def spread(windows: Tensor, count: int) -> Tensor:
+    """Return at most ``count`` rows, evenly spread."""
+    if len(windows) <= count:
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
