@@ -19,8 +19,10 @@ import optkit
 from optkit.core import files
 from optkit.harness import stages
 from optkit.harness.arm import Arm
+from optkit.harness.checking import check_recipe
 from optkit.harness.hosts import HERE, Hosts
 from optkit.harness.processes import Tell, Workers
+from optkit.recipe.reading import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = sorted(RECIPES.glob("*.yaml"))
@@ -134,14 +136,31 @@ def test_a_recipe_of_scale_runs_in_its_smoke_form(recipe, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [path for path in WORKLOADS if path.stem.endswith("-int8")], ids=lambda path: path.stem)
-def test_a_recipe_of_another_task_trains_its_network_and_reports(recipe, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("recipe", [path for path in WORKLOADS if path.stem.endswith("-composed")], ids=lambda path: path.stem)
+def test_a_composition_for_another_task_trains_its_network_and_reports(recipe, run, tmp_path, monkeypatch):
     monkeypatch.setenv("OPTKIT_CACHE", str(tmp_path / "cache"))
-    network = next(iter(yaml.safe_load(recipe.with_name(recipe.name.replace("-int8", "")).read_text())["model"]))
-    report = run(recipe, f"model.{network}.training.steps=2", "measure.latency.batch_sizes=[1]")
+    network = next(iter(yaml.safe_load(recipe.with_name(recipe.name.replace("-composed", "")).read_text())["model"]))
+    steps = yaml.safe_load(recipe.read_text())["transforms"]
+    healing = next(place for place, step in enumerate(steps) if "distill" in step)
+    few = (f"model.{network}.training.steps=2", f"transforms.{healing}.distill.steps=2", "measure.latency.batch_sizes=[1]")
+    report = run(recipe, *few)
     compared = {entry["metric"]: entry for entry in report["comparisons"] if entry["arm"] == "optimized"}
-    assert {"latency_ms", "artefact_bytes"} < compared.keys()
+    assert {"artefact_bytes", "tpot_ms" if "tpot_ms" in compared else "latency_ms"} < compared.keys()
+    assert compared["artefact_bytes"]["ratio"] < 0.9
     assert report["data"]["items"] > 50
+
+
+@pytest.mark.slow
+def test_the_recipe_of_few_shots_compares_answers_in_pairs(run):
+    report = run(RECIPES / "workloads" / "few-shot-int4.yaml")
+    compared = {entry["metric"] for entry in report["comparisons"] if entry["arm"] == "optimized"}
+    assert {"accuracy_0_shot", "accuracy_1_shot", "accuracy_4_shot"} <= compared
+    assert "agreement" in report["arms"]["optimized"]["metrics"]
+
+
+@pytest.mark.parametrize("recipe", WORKLOADS, ids=lambda path: path.stem)
+def test_a_recipe_of_another_task_is_checked_whole(recipe):
+    assert check_recipe(load_recipe(recipe), str(recipe)).outline.module is not None
 
 
 @pytest.mark.parametrize("recipe", [*SMALL, *SCALE, *WORKLOADS], ids=lambda path: path.stem)

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, islice
 
 from optkit.core.errors import DataError
@@ -34,6 +35,7 @@ class Choice:
         return f"{self.question}{self.options[self.right]}\n"
 
 
+@cache
 def python_choices() -> Sides[Choice]:
     """Return questions of three kinds; examples for prompts stand on the calibration side.
 

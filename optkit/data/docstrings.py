@@ -6,6 +6,7 @@ import ast
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from optkit.core.errors import DataError
@@ -17,6 +18,7 @@ _SHORTEST = 24  # characters
 _NEVER = {"site-packages", "dist-packages", "encodings", "pydoc_data", "test", "lib2to3"}
 
 
+@cache
 def by_package() -> Sides[Labelled]:
     """Return the first paragraph of each documentation string with the name of its package; each file stands on one side.
 

@@ -6,6 +6,7 @@ import ast
 import sysconfig
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from optkit.core.errors import DataError
@@ -38,6 +39,7 @@ def library_functions(most: int | None = None) -> Iterator[tuple[str, list[str],
                 yield path.relative_to(root).as_posix(), lines, node
 
 
+@cache
 def bodies_with_summaries() -> Sides[Asked]:
     """Return the code of functions without their documentation string, and its first line; each file stands on one side.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import cache
 
 from optkit.data.sides import Asked, Sides, side_of
 
 _SMALL = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _SMALL += [f"{stem}teen" for stem in ("thir", "four", "fif", "six", "seven", "eigh", "nine")]
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_LIMIT = 1_000_000
+_LIMIT = 100_000
 _COUNT = 12_000
 
 
@@ -19,6 +20,7 @@ def in_words(number: int) -> str:
     return " ".join(_words(number))
 
 
+@cache
 def numbers_and_words(count: int = _COUNT) -> Sides[Asked]:
     """Return so many numbers, drawn from a fixed seed, half of them below 10,000; a number stands on one side, both ways."""
     draw = random.Random(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +39,7 @@ def standard_library(split: Split) -> list[Path]:
     ]
 
 
+@cache
 def sources_by_side() -> Sides[str]:
     """Return the texts of the standard library's source files: the held-out ones for evaluation, the rest, without tests, parted by name.
 

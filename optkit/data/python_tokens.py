@@ -7,6 +7,7 @@ import keyword
 import sysconfig
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from optkit.core.errors import DataError
@@ -17,6 +18,7 @@ _FILES, _LINES = 400, 24  # at most, and of each file
 _SHORTEST, _LONGEST = 4, 40  # words of a line
 
 
+@cache
 def by_lexical_class() -> Sides[Tagged]:
     """Return logical lines of the standard library, split by file.
 

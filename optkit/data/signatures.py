@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 
 from optkit.data.functions import by_file, library_functions
@@ -13,6 +14,7 @@ _FILES = 250
 _LEAST, _MOST = 2, 8  # parameters
 
 
+@cache
 def questions_on_signatures() -> Sides[Asked]:
     """Return questions, each followed by its signature, with the answer; each file and each signature stands on one side."""
     items: dict[str, list[Asked]] = {}

@@ -9,6 +9,7 @@ import torch
 
 from optkit.core.errors import OptkitError
 from optkit.core.group import Group
+from optkit.core.measurement import Metric, Samples
 from optkit.engines import engine_for
 from optkit.harness import statistics
 from optkit.harness.checking import check_recipe
@@ -42,7 +43,7 @@ def train(recipe: str | Path, overrides: tuple[str, ...] = (), progress: Progres
     progress("judging", None)
     after = task.evaluate(subject, engine_for(subject), Group(), None, None)
     name, before = task.trivial(subject.tokenizer)
-    metrics = [metric for metric in task.metrics() if not metric.relative]
+    metrics = [metric for metric in task.metrics() if not metric.relative and _is_known(metric, before)]
     card = task.card(subject)
     return Training(
         network=subject.source,
@@ -56,3 +57,12 @@ def train(recipe: str | Path, overrides: tuple[str, ...] = (), progress: Progres
         scores=tuple(statistics.compare("trained", metric, before, after) for metric in metrics),
         artefact=str(found.artefact),
     )
+
+
+def _is_known(metric: Metric, columns: Samples) -> bool:
+    """Say whether an answer that takes no model has this score: some give no likelihoods."""
+    try:
+        metric.estimate({name: column[None] for name, column in columns.items()})
+    except KeyError:
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +38,8 @@ class Oracle:
 
 def test_a_model_that_needs_an_example_has_none_without_it(tmp_path: Path) -> None:
     task = FewShot(shots=(0, 1))
-    task.sides.evaluation[:] = [item for item in task.sides.evaluation if item.kind == "classes"][:12]
+    few = [item for item in task.sides.evaluation if item.kind == "classes"][:12]
+    task.__dict__["sides"] = replace(task.sides, evaluation=few)
     tokenizer = reference_tokenizer()
     subject = Subject(SimpleNamespace(config=SimpleNamespace(vocab_size=len(tokenizer))), "oracle", kind="causal-lm", tokenizer=tokenizer)  # type: ignore[arg-type]
     columns = task.evaluate(subject, Oracle(tokenizer, task, 1), Group(), None, tmp_path)

@@ -92,6 +92,30 @@ def head_groups(module: nn.Module) -> Width:
     return Width(units, write)
 
 
+def encoder_heads(module: nn.Module, refuse: bool = True) -> tuple[Width, list[Place]]:
+    """Return the heads of encoders of the BERT kind, whose layers count them by their own shapes: no configuration has to.
+
+    Raises:
+        TransformError: the model is built otherwise.
+    """
+    found, counts = [], set()
+    for name, layer in module.named_modules():
+        parts = [getattr(layer, part, None) for part in ("query", "key", "value")]
+        size = getattr(layer, "attention_head_size", None)
+        out_name = f"{name.rpartition('.')[0]}.output.dense"
+        out = next((other for key, other in module.named_modules() if key == out_name), None)
+        if not isinstance(size, int) or not all(type(part) is nn.Linear for part in parts) or type(out) is not nn.Linear:
+            continue
+        counts.add(out.in_features // size)
+        for part in ("query", "key", "value"):
+            parameters = dict(layer.get_submodule(part).named_parameters())
+            found += [Place(f"{name}.{part}", parameter, False, 0, (Segment(0, size),)) for parameter in parameters]
+        found.append(Place(out_name, "weight", True, 1, (Segment(0, size),)))
+    if refuse and len(counts) != 1:
+        raise TransformError(f"{type(module).__name__} is built otherwise than encoders of the BERT kind, or has heads of several numbers")
+    return Width(next(iter(counts), 0), lambda config, kept: None), found
+
+
 def hidden_width(module: nn.Module) -> Width:
     """Return the width of the residual stream. Heads stay as they are.
 

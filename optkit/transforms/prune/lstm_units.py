@@ -5,11 +5,11 @@ Both directions of an LSTM have as many units, so that a unit of the one goes wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _GATES = 4
 
@@ -32,8 +32,35 @@ def keep_units(layer: nn.LSTM, kept: Iterable[int]) -> None:
     layer.hidden_size = len(units)
 
 
-def lstm_pruner() -> Any:
-    """Return how torch-pruning shall cut LSTMs: its own way leaves the gates of the wrong length."""
+@torch.no_grad()
+def begun_by(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[nn.Module, list[nn.LSTM]]:
+    """Return for each LSTM those whose last state it begins with: they have as many units, and the same ones go together."""
+    made: dict[int, nn.LSTM] = {}
+    kept: list[Any] = []  # so that no id is given twice
+    found: dict[nn.Module, list[nn.LSTM]] = {}
+
+    def before(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        states = given[1] if len(given) > 1 else named.get("hx")
+        sources = {made[id(state)] for state in states or () if id(state) in made} - {layer}
+        found.setdefault(layer, []).extend(source for source in sources if source not in found.get(layer, []))
+
+    def after(layer: nn.Module, given: Any, output: Any) -> None:
+        kept.append(output)
+        made.update({id(state): layer for state in output[1]})  # type: ignore[misc]
+
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.LSTM)]
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    handles += [layer.register_forward_hook(after) for layer in layers]
+    try:
+        module(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: sources for layer, sources in found.items() if sources}
+
+
+def lstm_pruner(together: Mapping[nn.Module, list[nn.LSTM]]) -> Any:
+    """Return how torch-pruning shall cut LSTMs, with those that begin them: its own way leaves the gates of the wrong length."""
     from torch_pruning.pruner.function import LSTMPruner
 
     class Units(LSTMPruner):  # type: ignore[misc]
@@ -41,7 +68,9 @@ def lstm_pruner() -> Any:
 
         def prune_out_channels(self, layer: nn.LSTM, idxs: list[int]) -> nn.Module:
             """Cut these numbers of the output out, which are as many units of each direction."""
-            keep_units(layer, set(range(layer.hidden_size)) - {index % layer.hidden_size for index in idxs})
+            kept = set(range(layer.hidden_size)) - {index % layer.hidden_size for index in idxs}
+            for each in (layer, *together.get(layer, [])):
+                keep_units(each, kept)
             return layer
 
         def get_out_channels(self, layer: nn.LSTM) -> int:

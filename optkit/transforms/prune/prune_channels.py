@@ -17,7 +17,7 @@ from optkit.core.errors import OptkitWarning, TransformError
 from optkit.core.subject import Calibration, Subject
 from optkit.core.targets import Targets
 from optkit.transforms.contract import Plan, Stage, Transform
-from optkit.transforms.prune.lstm_units import is_simple, lstm_pruner
+from optkit.transforms.prune.lstm_units import begun_by, is_simple, lstm_pruner
 from optkit.transforms.tracing import answer_of, evaluating
 
 _KINDS = (nn.Linear, nn.LSTM, nn.modules.conv._ConvNd)
@@ -26,7 +26,8 @@ _KINDS = (nn.Linear, nn.LSTM, nn.modules.conv._ConvNd)
 class PruneChannels(Transform):
     """Fewer outputs for convolutions, linear layers and LSTMs, by the norm of all that goes with one (Fang et al. 2023, arXiv 2301.12900).
 
-    LSTMs of several layers keep theirs, with a warning; those of two directions lose as many in each.
+    LSTMs of several layers keep theirs, with a warning; those of two directions lose as many in each, and one that begins with the state
+    of another loses the same units as that.
     What depends on a channel goes with it: rows, columns, biases, statistics. The answers of the network keep their shape.
     """
 
@@ -71,8 +72,10 @@ class PruneChannels(Transform):
                 layer for layer in module.modules() if isinstance(layer, _KINDS) and (layer not in chosen.values() or layer in ends)
             ]
             keep += _left_alone(chosen)
+            together = begun_by(module, inputs)
+            keep += [layer for layers in together.values() for layer in layers]
             sizes = [parameter.numel() for parameter in module.parameters()]
-            self._prune(module, inputs, keep)
+            self._prune(module, inputs, keep, together)
             try:
                 after = answer_of(module, inputs).shape
             except RuntimeError as error:
@@ -90,7 +93,7 @@ class PruneChannels(Transform):
             )
         return module
 
-    def _prune(self, module: nn.Module, inputs: dict[str, Tensor], keep: list[nn.Module]) -> None:
+    def _prune(self, module: nn.Module, inputs: dict[str, Tensor], keep: list[nn.Module], together: dict[nn.Module, list[nn.LSTM]]) -> None:
         import torch_pruning
 
         asked = {parameter: parameter.requires_grad for parameter in module.parameters()}
@@ -104,7 +107,7 @@ class PruneChannels(Transform):
                 pruning_ratio=self.ratio,
                 ignored_layers=keep,
                 round_to=self.multiple,
-                customized_pruners={nn.LSTM: lstm_pruner()},
+                customized_pruners={nn.LSTM: lstm_pruner(together)},
                 output_transform=_tensors,
             )
             pruner.step()

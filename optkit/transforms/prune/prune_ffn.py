@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, ClassVar
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from optkit.core.subject import Step
 from optkit.transforms.prune.dimensions import FFN, Place, Width, ffn_width
-from optkit.transforms.prune.structured import StructuredPruning, rounded
+from optkit.transforms.prune.structured import StructuredPruning, block_of, rounded
 
 
 class PruneFfn(StructuredPruning):
@@ -57,5 +56,4 @@ class PruneFfn(StructuredPruning):
 
     def group_of(self, place: Place) -> str:
         """Return the block that holds the layer: an encoder spreads a feed-forward layer over several modules of it."""
-        found = re.match(r"(.*\.\d+)\.", place.layer)
-        return found[1] if found else place.layer.rpartition(".")[0]
+        return block_of(place)

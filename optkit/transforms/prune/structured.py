@@ -6,6 +6,7 @@ everywhere, and open in plain transformers.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Annotated, ClassVar, Literal
@@ -63,6 +64,15 @@ class StructuredPruning(Transform):
             TransformError: none would go, or all.
         """
 
+    def places(self, module: nn.Module) -> list[Place]:
+        """Return everything that has this width."""
+        return places_of(module, self.width(module), self.what)
+
+    @property
+    def configured(self) -> bool:
+        """Whether the configuration can say how many units are left."""
+        return True
+
     def group_of(self, place: Place) -> str:
         """Return what the places that share their units have in common: the name of the module that holds the layer."""
         return place.layer.rpartition(".")[0]
@@ -83,8 +93,9 @@ class StructuredPruning(Transform):
         """
         width = self.width(module)
         count, groups = self.kept(width.units), self._groups(module)
+        write = (lambda config: width.write(config, count)) if self.configured else None
         if is_on_meta(module):
-            cut(module, lambda config: width.write(config, count), {p: torch.arange(count) for places in groups.values() for p in places})
+            cut(module, write, {p: torch.arange(count) for places in groups.values() for p in places})
             return module
         if self.needs_data and (data is None or not data.batches):
             raise TransformError(f"{self.step().name} needs calibration data; give some, or use importance: magnitude, compensation: none")
@@ -94,7 +105,7 @@ class StructuredPruning(Transform):
         with evaluating(module):
             before = answer_of(module, batch)
             self.about_to_cut(module, groups, width.units, count)
-            cut(module, (lambda config: width.write(config, count)) if uniform else None, kept)
+            cut(module, write if uniform else None, kept)
             after = answer_of(module, batch)
         off = float((after.float() - before.float()).norm() / before.float().norm().clamp(min=1e-12))
         if not off <= _TOLERANCES.get(before.dtype, _LOW_TOLERANCE):
@@ -108,7 +119,7 @@ class StructuredPruning(Transform):
         """Return the places of units that go together, by the name of what holds them."""
         self.kept(self.width(module).units)
         groups: dict[str, list[Place]] = {}
-        for place in places_of(module, self.width(module), self.what):
+        for place in self.places(module):
             self._refuse_place(module, place)
             groups.setdefault(self.group_of(place), []).append(place)
         for name, places in groups.items():
@@ -211,6 +222,12 @@ def _few(data: Calibration) -> dict[str, Tensor]:
     first = data.batches[0]
     only_tokens = set(first) == {"input_ids"}
     return {name: tensor[:1, :12] if only_tokens else tensor[:1] for name, tensor in first.items()}
+
+
+def block_of(place: Place) -> str:
+    """Return the block that a layer stands in, or else the module that holds it."""
+    found = re.match(r"(.*\.\d+)\.", place.layer)
+    return found[1] if found else place.layer.rpartition(".")[0]
 
 
 def rounded(units: int, ratio: float, multiple: int, what: str) -> int:

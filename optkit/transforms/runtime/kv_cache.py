@@ -38,7 +38,7 @@ class KvCache(Transform):
         """Refuse models whose past is not keys and values, groups that do not divide a head, a second cache, and graphs."""
         history = {step.name: step.settings for step in plan.subject.history}
         if plan.subject.kind != "causal-lm":
-            raise TransformError("the model does not generate, so it keeps no keys and values; leave kv_cache out")
+            raise TransformError("kv_cache packs what causal language models keep of their past, and this is none; leave it out")
         if self.step().name in history:
             raise TransformError("the cache is quantized already; name kv_cache once")
         reason = refusal(plan.subject.module, self.bits, self.group_size)
