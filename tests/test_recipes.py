@@ -51,6 +51,12 @@ QUICKER = {
     "llama-1b-offload": ("transforms.0.offload.host_memory=300KB",),
     "composed": ("transforms.2.distill.steps=2",),
 }
+FEW_ITEMS = {
+    "translation-composed": ("task.translation.items=60",),
+    "qa-composed": ("task.question-answering.items=60",),
+    "summarization-composed": ("task={summarization: {items: 60}}",),
+    "gpt2-composed": ("task={text-generation: {windows: 60}}",),
+}
 TEXTS = "optkit/harness/*.py"  # a small corpus: that of the standard library takes every process some seconds
 TINY = "{shape: {layers: 2, hidden_size: 128, heads: 2, intermediate_size: 256, vocabulary: 512}}"
 
@@ -143,7 +149,7 @@ def test_a_composition_for_another_task_trains_its_network_and_reports(recipe, r
     steps = yaml.safe_load(recipe.read_text())["transforms"]
     healing = next(place for place, step in enumerate(steps) if "distill" in step)
     few = (f"model.{network}.training.steps=2", f"transforms.{healing}.distill.steps=2", "measure.latency.batch_sizes=[1]")
-    report = run(recipe, *few)
+    report = run(recipe, *few, *FEW_ITEMS.get(recipe.stem, ()))
     compared = {entry["metric"]: entry for entry in report["comparisons"] if entry["arm"] == "optimized"}
     assert {"artefact_bytes", "tpot_ms" if "tpot_ms" in compared else "latency_ms"} < compared.keys()
     assert compared["artefact_bytes"]["ratio"] < 0.9
@@ -152,7 +158,7 @@ def test_a_composition_for_another_task_trains_its_network_and_reports(recipe, r
 
 @pytest.mark.slow
 def test_the_recipe_of_few_shots_compares_answers_in_pairs(run):
-    report = run(RECIPES / "workloads" / "few-shot-int4.yaml")
+    report = run(RECIPES / "workloads" / "few-shot-int4.yaml", "task={few-shot: {items: 12}}")
     compared = {entry["metric"] for entry in report["comparisons"] if entry["arm"] == "optimized"}
     assert {"accuracy_0_shot", "accuracy_1_shot", "accuracy_4_shot"} <= compared
     assert "agreement" in report["arms"]["optimized"]["metrics"]

@@ -24,6 +24,7 @@ from optkit.cli.check import check
 from optkit.cli.compare import compare_command
 from optkit.cli.export import export
 from optkit.cli.listing import list_names
+from optkit.cli.profile import profile_command
 from optkit.cli.run import run_command
 from optkit.cli.schema import schema
 from optkit.cli.train import train_command
@@ -54,6 +55,7 @@ def _options(
 
 
 app.add_typer(bench)
+app.command("profile")(profile_command)
 app.command("run")(run_command)
 app.command("check")(check)
 app.command("compare")(compare_command)

@@ -53,6 +53,7 @@ class NativeEngine(Greedy):
         self._groups = 1 if cache is None else self._parts.head_size // (cache["group_size"] or self._parts.head_size)
         self._embed: Any = module.get_input_embeddings()  # type: ignore[operator]
         self._decoder: Decoder | None = None
+        self._ticks: Tensor | None = None
         self._batch = self._position = 0
         self._compare()
 
@@ -82,6 +83,12 @@ class NativeEngine(Greedy):
         self._position += 1
         return logits
 
+    def watch(self, ticks: Tensor | None) -> None:
+        """Add the ticks of each stage of later steps to an int64 tensor (stages,), as ``Decoder.watch`` does; None: no longer."""
+        self._ticks = ticks
+        if self._decoder is not None:
+            self._decoder.watch(ticks)
+
     def score(self, input_ids: Tensor) -> Tensor:
         """Return the (b, t, v) logits of (b, t) input ids, by the model's own forward; a quantized cache takes part."""
         return self._eager.score(input_ids)
@@ -105,6 +112,7 @@ class NativeEngine(Greedy):
         capacity = -(-max(positions, 2 * old.capacity if old is not None and old.batch == batch else 0) // _ROUND_TO) * _ROUND_TO
         cosine, sine = _rotation(self.module, capacity)
         made = Decoder(self._parts, batch, cosine, sine, self.cache_bits, self._groups)
+        made.watch(self._ticks)
         if old is not None and old.batch == batch:
             for before, after in zip((*old.keys, *old.values), (*made.keys, *made.values), strict=True):
                 _fill(after, before, old.capacity)

@@ -29,6 +29,7 @@ from optkit.harness.teaching import taught
 from optkit.harness.workloads import build_workload, supervised, task_for
 from optkit.measure.contract import Opened, Session
 from optkit.measure.memory import forget_peak, peak_bytes, resident_bytes
+from optkit.measure.stages import profile
 from optkit.measure.traffic import read_bandwidth, weight_bytes_per_token
 from optkit.models import artefact
 from optkit.models.networks import Network
@@ -190,6 +191,10 @@ class Arm:
         self._busy_s += time.perf_counter() - start
         self._waited_s += self._waits() - waited
         return times
+
+    def do_profile(self, prompt_tokens: int, new_tokens: int, batch_size: int, rounds: int) -> dict[str, Any]:
+        """Return where the time of requests to the opened subject goes."""
+        return asdict(profile(self._arm(), prompt_tokens, new_tokens, batch_size, rounds))
 
     def do_memory(self) -> dict[str, Any]:
         """Return this rank's peak resident memory since serving began, what the empty runtime took, what its cache holds now, and the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from optkit.harness.workloads import supervised
 from optkit.models import artefact
 from optkit.models.networks import Network
 from optkit.recipe.reading import load_recipe
-from optkit.report.training import Training
+from optkit.report.training import Score, Training
 
 Progress = Callable[[str, float | None], None]
 
@@ -54,9 +55,19 @@ def train(recipe: str | Path, overrides: tuple[str, ...] = (), progress: Progres
         steps=found.record["steps"],
         best=found.record["best"],
         trivial=name,
-        scores=tuple(statistics.compare("trained", metric, before, after) for metric in metrics),
+        scores=tuple(_score(metric, before, after) for metric in metrics),
         artefact=str(found.artefact),
     )
+
+
+def _score(metric: Metric, before: Samples, after: Samples) -> Score:
+    """Set the trained network against the trivial answer: by their ratio, or by their intervals where there is none."""
+    found = statistics.compare("trained", metric, before, after)
+    trivial, trained = (statistics.interval(metric, side)[1:] for side in (before, after))
+    if found.ratio is None and (trained[0] > trivial[1] or trained[1] < trivial[0]):
+        better = (trained[0] > trivial[1]) is metric.higher_is_better
+        found = replace(found, verdict="better" if better else "worse")
+    return Score(found, trivial, trained)
 
 
 def _is_known(metric: Metric, columns: Samples) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from optkit.core import files
+from optkit.core.errors import OptkitError
 from optkit.core.subject import GENERATING
 from optkit.harness.folder import RunFolder
 from optkit.harness.hosts import HERE, Hosts
@@ -80,6 +81,24 @@ class Stages:
             notes.append(f"left out, as the memory of this machine does not hold all arms at once: {', '.join(left_out)}")
         return {"baseline": baseline, "artefacts": sizes, "timing": timing, "opened": opened, "quality": quality, "notes": notes}
 
+    def prepared(self) -> list[str]:
+        """Save the artefacts of baseline and result, and return the names of these arms; without transforms there is the baseline alone.
+
+        Raises:
+            OptkitError: the result is served by several processes together, or its preparation failed.
+        """
+        _, optimized, _ = self._prepare_all(references=False)
+        if optimized["ranks"] > 1:
+            raise OptkitError("stages are measured in one process, and this recipe shares its model among several; leave that step out")
+        return [BASELINE, OPTIMIZED] if self._recipe.transforms else [BASELINE]
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Workers]:
+        """Give the process of an arm that has been prepared, by itself."""
+        with self._workers(name) as workers:
+            workers.facts = workers.ask("open", recipe=self._plain, folder=str(self._folder.work / name), workload=self._workload)
+            yield workers
+
     def _measuring(self, baseline: dict[str, Any], references: list[str]) -> list[str]:
         """Return the names of the stages that need the arms to be open, in order; the baseline is judged before the others."""
         judged = "quality" in self._recipe.measure and baseline["card"] is not None
@@ -98,17 +117,17 @@ class Stages:
         meter = self._recipe.measure.get("latency")
         return meter.batch_sizes if isinstance(meter, Latency) else ()
 
-    def _prepare_all(self) -> tuple[Any, Any, list[str]]:
+    def _prepare_all(self, references: bool = True) -> tuple[Any, Any, list[str]]:
         """Save the artefacts of all arms, one after another in one process."""
         ranks = max([step.processes for step in self._recipe.transforms], default=1)
         with LazyWorkers(lambda: self._preparing(ranks)) as worker:
             dtype = self._recipe.baseline.dtype if self._recipe.baseline else None
             baseline = self._folder.stage(BASELINE, partial(self._prepare, worker, BASELINE, dtype))
             optimized = self._folder.stage(OPTIMIZED, partial(self._transform, worker))
-            references = [] if self._workload else [name for name in _REFERENCES if name != baseline["dtype"]]
-            for name in references:
+            others = [name for name in _REFERENCES if name != baseline["dtype"]] if references and not self._workload else []
+            for name in others:
                 self._folder.stage(name, partial(self._prepare, worker, name, name))
-        return baseline, optimized, references
+        return baseline, optimized, others
 
     def _prepare(self, worker: LazyWorkers, name: str, dtype: str | None) -> Any:
         return worker().ask(

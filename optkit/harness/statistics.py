@@ -73,6 +73,19 @@ def ratio(metric: Metric, before: Samples, after: Samples, seed: int = 0) -> Rat
     return Ratio(value_before, value_after, log, error * float(stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1)))
 
 
+def interval(metric: Metric, columns: Samples, seed: int = 0) -> tuple[float, float, float]:
+    """Return one metric's value with its bootstrap interval over clusters: value, low, high."""
+    value = measure(metric, columns).value
+    draw = np.random.default_rng(seed)
+    found: list[Array] = []
+    for _ in range(0, DRAWS, _CHUNK):
+        picks = {length: draw.integers(0, length, (_CHUNK, length)) for length in sorted({len(column) for column in columns.values()})}
+        found.append(metric.estimate({name: column[picks[len(column)]] for name, column in columns.items()}))
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.nanpercentile(np.concatenate(found), [tail, 100 - tail])
+    return value, float(low), float(high)
+
+
 def floor_of(noise: Ratio | None) -> float:
     """Return the noise floor as a logarithm: how far the baseline is from itself, or could be by its interval.
 

@@ -141,32 +141,49 @@ static void attend_all(const struct decoder *d, const struct block *b, const str
 static void step(const struct decoder *d, const struct scratch *s, int64_t m, int64_t at, float *logits, const struct team *team,
                  float *normed, const struct desk *desk, int *status)
 {
+    uint64_t *ticks = team->number == 0 ? d->ticks : NULL, last = ticks ? __rdtsc() : 0;
     for (int64_t n = 0; n < d->depth; n++) {
         const struct block *b = d->blocks + n;
         for (int64_t i = 0; i < m; i++) rms_norm(s->hidden + i * d->hidden, b->input_norm, d->hidden, d->epsilon, normed + i * d->hidden);
+        mark(ticks, &last, NORMS);
         apply(&b->query, normed, s->query, m, &b->key, team);
         apply(&b->key, normed, s->key, m, &b->value, team);
         apply(&b->value, normed, s->value, m, &b->output, team);
 #pragma omp barrier
+        mark(ticks, &last, PROJECTIONS);
         attend_all(d, b, s, m, at, team, desk);
 #pragma omp barrier
+        mark(ticks, &last, SCORES);
         apply(&b->output, s->attended, s->projected, m, &b->gate, team);
+        mark(ticks, &last, PROJECTIONS);
         sum_shares(d, s->projected, m, team, status);
+        mark(ticks, &last, COMMUNICATION);
         add_rows(s->hidden, s->projected, d->hidden, m, team);
 #pragma omp barrier
         for (int64_t i = 0; i < m; i++) rms_norm(s->hidden + i * d->hidden, b->attention_norm, d->hidden, d->epsilon, normed + i * d->hidden);
+        mark(ticks, &last, NORMS);
         apply(&b->gate, normed, s->gate, m, &b->up, team);
         apply(&b->up, normed, s->up, m, &b->down, team);
         gated(s->gate, s->up, b->gate.rows, m, team);
 #pragma omp barrier
         apply(&b->down, s->gate, s->projected, m, n + 1 < d->depth ? &b[1].query : &d->head, team);
+        mark(ticks, &last, FEED_FORWARD);
         sum_shares(d, s->projected, m, team, status);
+        mark(ticks, &last, COMMUNICATION);
         add_rows(s->hidden, s->projected, d->hidden, m, team);
 #pragma omp barrier
     }
     for (int64_t i = 0; i < m; i++) rms_norm(s->hidden + i * d->hidden, d->final_norm, d->hidden, d->epsilon, normed + i * d->hidden);
+    mark(ticks, &last, NORMS);
     apply(&d->head, normed, logits, m, NULL, team);
+    if (d->ticks) {
+#pragma omp barrier
+        mark(ticks, &last, HEAD);
+    }
 }
+
+/* The time-stamp counter of the processor. */
+uint64_t optkit_ticks(void) { return __rdtsc(); }
 
 /* Floats that each thread has for itself. */
 struct room {

@@ -30,7 +30,20 @@ struct decoder {
     struct peers *peers;        /* other processes with shares of the same layers, or NULL */
     int64_t kv_bits, kv_groups; /* 8, 4 or, for float32, 0; groups of channels in a head that share a scale */
     float epsilon, scale;
+    uint64_t *ticks; /* (STAGES): where the first thread adds the ticks of each stage, or NULL */
 };
+
+enum stage { NORMS, PROJECTIONS, SCORES, FEED_FORWARD, HEAD, COMMUNICATION, STAGES };
+
+/* Add what has passed since the last mark to a stage. */
+INLINE void mark(uint64_t *ticks, uint64_t *last, enum stage stage)
+{
+    if (!ticks)
+        return;
+    const uint64_t now = __rdtsc();
+    ticks[stage] += now - *last;
+    *last = now;
+}
 
 INLINE vec exponential(vec x) /* Cephes expf: relative error below 2e-7 */
 {

@@ -41,7 +41,11 @@ class _Decoder(ctypes.Structure):
         ("kv_groups", _COUNT),
         ("epsilon", ctypes.c_float),
         ("scale", ctypes.c_float),
+        ("ticks", _POINTER),
     )
+
+
+STAGES = ("norms", "attention projections", "attention scores", "feed-forward", "output head", "communication")  # as decoder.h counts them
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,11 @@ class Decoder:
         )
         self._threads = torch.get_num_threads()
         self._room = torch.empty(found.decoder_room(ctypes.addressof(self._struct), batch, self._threads))
+
+    def watch(self, ticks: Tensor | None) -> None:
+        """Add the ticks that each of ``STAGES`` takes to an int64 tensor (stages,) from now on; None: no longer."""
+        self._struct.ticks = None if ticks is None else ticks.data_ptr()
+        self._ticks = ticks  # keeps it alive
 
     def step(self, hidden: Tensor, position: int) -> Tensor:
         """Take embeddings (b, hidden) of the tokens at a position, and return float32 logits (b, v).

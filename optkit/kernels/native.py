@@ -58,6 +58,7 @@ class Native:
     sparse_dense: Callable[..., int]
     lstm: Callable[..., int]
     sum: Callable[..., int]
+    ticks: Callable[[], int]
     backend: Backend
 
 
@@ -173,6 +174,7 @@ def _open(best: Backend, reason: str) -> _Choice:
     library.optkit_sparse_few.argtypes = [address, address, address, address, count, flag]
     library.optkit_sparse_dense.argtypes = [address, address, flag]
     library.optkit_lstm.argtypes = [address, count, count, count, flag]
+    library.optkit_ticks.argtypes, library.optkit_ticks.restype = [], ctypes.c_uint64
     library.optkit_sum.argtypes = [address, address, count]
     opened = Native(
         library.optkit_linear,
@@ -183,6 +185,7 @@ def _open(best: Backend, reason: str) -> _Choice:
         library.optkit_sparse_dense,
         library.optkit_lstm,
         library.optkit_sum,
+        library.optkit_ticks,
         backend=best,
     )
     return _Choice(opened, reason)

@@ -11,13 +11,25 @@ from optkit.core.measurement import Comparison
 from optkit.report.metrics import number
 from optkit.report.table import markdown_table
 
-SCHEMA = 1
-_HEADERS = ("metric", "trivial answer", "trained", "ratio (95 % interval)", "verdict")
+SCHEMA = 2
+_HEADERS = ("metric", "trivial answer (95 %)", "trained (95 %)", "ratio (95 %)", "verdict")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of the answer that takes no model and of the trained network, each with its interval, and what comes of both.
+
+    ``compared`` has their ratio, from items drawn in pairs, where the first is not zero.
+    """
+
+    compared: Comparison
+    trivial: tuple[float, float]
+    trained: tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training. ``scores`` set the trained network (after) against the trivial answer (before), on the evaluated items."""
+    """One training. ``scores`` set the trained network against the trivial answer, on the evaluated items."""
 
     network: str
     task: str
@@ -27,7 +39,7 @@ class Training:
     steps: int
     best: dict[str, float]
     trivial: str
-    scores: tuple[Comparison, ...]
+    scores: tuple[Score, ...]
     artefact: str
 
     def to_json(self) -> str:
@@ -49,6 +61,11 @@ class Training:
         return "\n".join([*facts, *markdown_table(_HEADERS, [_row(score) for score in self.scores]), ""])
 
 
-def _row(score: Comparison) -> Sequence[Any]:
-    ratio = "-" if score.ratio is None else f"{score.ratio:.2f} [{score.low:.2f}, {score.high:.2f}]"
-    return score.metric, number(score.before), number(score.after), ratio, score.verdict
+def _row(score: Score) -> Sequence[Any]:
+    found = score.compared
+    ratio = "-" if found.ratio is None else f"{found.ratio:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    return found.metric, _with_interval(found.before, score.trivial), _with_interval(found.after, score.trained), ratio, found.verdict
+
+
+def _with_interval(value: float, ends: tuple[float, float]) -> str:
+    return f"{number(value)} [{number(ends[0])}, {number(ends[1])}]"

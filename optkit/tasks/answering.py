@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -20,6 +21,7 @@ from optkit.data import tables
 from optkit.data.documents import files_of
 from optkit.data.hub import hub_rows
 from optkit.data.sides import Asked, Side, Sides, parted
+from optkit.tasks.contract import DataCard
 from optkit.tasks.supervised import Examples, Supervised
 
 Length = Annotated[int, Field(ge=1, le=100_000)]
@@ -52,6 +54,7 @@ class Answering(Supervised):
     prefix: str = Field(default="", max_length=1000, description="what the model is told before each text, as it was trained to be")
     text_tokens: Length = Field(default=64, description="tokens of a text, at most")
     answer_tokens: Length = Field(default=32, description="tokens of an answer, at most")
+    items: Annotated[int, Field(ge=1)] = Field(default=1000, description="items that are evaluated, at most, evenly spread over all")
 
     @abstractmethod
     def read(self) -> Sides[Asked]:
@@ -71,7 +74,8 @@ class Answering(Supervised):
 
     def examples(self, side: Side, tokenizer: Any) -> Examples:
         """Return token ids of the texts with their mask, those of the first right answer as ``labels``, and numbers of items (items,)."""
-        items = self.sides.of(side)
+        rows = self._rows(side)
+        items = [self.sides.of(side)[row] for row in rows]
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         texts = [self.prefix + item.text for item in items]
@@ -82,7 +86,7 @@ class Answering(Supervised):
             labels[row, : len(whole)] = torch.tensor(whole)
         width = int((labels != _IGNORED).sum(1).max())
         inputs = {name: found[name] for name in ("input_ids", "attention_mask")}
-        return Examples({**inputs, "labels": labels[:, :width].contiguous()}, torch.arange(len(items)))
+        return Examples({**inputs, "labels": labels[:, :width].contiguous()}, torch.tensor(rows))
 
     def loss(self, output: Any, answers: Tensor) -> Tensor:
         """Return the cross entropy of the right answer's tokens, as the model computes it."""
@@ -112,15 +116,26 @@ class Answering(Supervised):
 
     def trivial(self, tokenizer: Any) -> tuple[str, Samples]:
         """Return the columns of the answers that take no model."""
-        given = [self.trivially(item) for item in self.sides.evaluation]
-        columns = self.judge(given, torch.arange(len(given)))
+        rows = self._rows("evaluation")
+        columns = self.judge([self.trivially(self.sides.evaluation[row]) for row in rows], torch.tensor(rows))
         return (type(self).trivially.__doc__ or "").partition("\n")[0].removeprefix("Return ").rstrip("."), {
             name: column.numpy() for name, column in columns.items()
         }
 
+    def card(self, subject: Subject) -> DataCard:
+        """Describe the evaluated items."""
+        return replace(super().card(subject), items=len(self._rows("evaluation")))
+
     def batch(self, subject: Subject, size: int) -> Mapping[str, Tensor]:
         """Return texts without their answers."""
         return {name: tensor for name, tensor in super().batch(subject, size).items() if name != "labels"}
+
+    def _rows(self, side: Side) -> list[int]:
+        """Return the numbers of a side's items that count; all but in evaluation."""
+        count = len(self.sides.of(side))
+        return (
+            np.linspace(0, count - 1, min(count, self.items)).round().astype(int).tolist() if side == "evaluation" else list(range(count))
+        )
 
     def _generated(self, engine: Any, inputs: Mapping[str, Tensor], end: int) -> Tensor:
         """Return (b, answer_tokens) greedy tokens; from the end of an answer on, its end."""

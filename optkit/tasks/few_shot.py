@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
@@ -30,7 +32,6 @@ class HarnessTasks(Settings):
     """Tasks of lm-evaluation-harness that have options to choose from, such as hellaswag or arc_easy."""
 
     lm_eval: tuple[str, ...] = Field(min_length=1, description="names of tasks of the installed package")
-    items: Annotated[int, Field(ge=1)] = Field(default=200, description="questions of each task, at most")
 
 
 class FewShot(Task):
@@ -40,12 +41,17 @@ class FewShot(Task):
     corpus: Literal["python"] | HarnessTasks = Field(
         default="python", description="'python' are three kinds of questions on the standard library's sources"
     )
+    items: Annotated[int, Field(ge=1)] = Field(
+        default=300, description="questions that are evaluated, at most; of the harness, in each task"
+    )
     shots: tuple[Annotated[int, Field(ge=0, le=64)], ...] = Field(default=(0, 1, 4), min_length=1, description="numbers of examples")
 
     @cached_property
     def sides(self) -> Sides[Choice]:
         """The questions, read once."""
-        return python_choices()
+        found = python_choices()
+        chosen = np.linspace(0, len(found.evaluation) - 1, min(len(found.evaluation), self.items)).round().astype(int)
+        return replace(found, evaluation=[found.evaluation[row] for row in chosen])
 
     def look(self) -> None:
         """Read the questions."""
@@ -61,8 +67,8 @@ class FewShot(Task):
         if isinstance(self.corpus, HarnessTasks):
             detail = {"shots": " ".join(map(str, self.shots))}
             names = ", ".join(self.corpus.lm_eval)
-            digest = hashlib.sha256(f"{names} {self.corpus.items}".encode()).hexdigest()
-            return DataCard("few-shot", f"lm-evaluation-harness: {names}", digest, self.corpus.items * len(self.corpus.lm_eval), detail)
+            digest = hashlib.sha256(f"{names} {self.items}".encode()).hexdigest()
+            return DataCard("few-shot", f"lm-evaluation-harness: {names}", digest, self.items * len(self.corpus.lm_eval), detail)
         kinds = sorted({item.kind for item in self.sides.evaluation})
         detail = {"kinds": " ".join(kinds), "shots": " ".join(map(str, self.shots))}
         return DataCard("few-shot", self.sides.name, self.sides.sha256("evaluation"), len(self.sides.evaluation), detail)
@@ -78,8 +84,8 @@ class FewShot(Task):
     def evaluate(self, subject: Subject, engine: Any, group: Group, reference: Path | None, keep: Path | None) -> Samples:
         """Return a row a question: whether each number of examples led to the right answer, and whether it was the baseline's."""
         if isinstance(self.corpus, HarnessTasks):
-            names, items = self.corpus.lm_eval, self.corpus.items
-            found = [answers_right(subject, engine, names, count, items) for count in self.shots]
+            names = self.corpus.lm_eval
+            found = [answers_right(subject, engine, names, count, self.items) for count in self.shots]
             chosen = torch.tensor(
                 [[right for _, right in rows] for rows in found]
             ).T.contiguous()  # all that is told is whether it was right

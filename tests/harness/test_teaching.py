@@ -111,7 +111,7 @@ def test_a_training_ends_early_where_it_gets_no_better(corpus: LabelledFiles) ->
 def test_train_sets_the_network_against_the_trivial_answer(corpus: LabelledFiles, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(to_yaml(recipe(corpus)))
     found = train(tmp_path / "own.yaml")
-    accuracy = next(score for score in found.scores if score.metric == "accuracy")
+    accuracy = next(score.compared for score in found.scores if score.compared.metric == "accuracy")
     assert accuracy.after > 0.9 > accuracy.before and accuracy.verdict == "better"
     assert "always" in found.to_markdown() and json.loads(found.to_json())["network"] == "bilstm"
 
