@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 
 from optkit.core.errors import DataError
 from optkit.data.python_sources import Split, standard_library
@@ -59,12 +59,12 @@ def python_choices() -> Sides[Choice]:
 
 
 def _even(found: Iterable[Choice], most: int) -> Iterator[Choice]:
-    """Yield as many with each right answer, or the most frequent one would win by itself; they take turns."""
+    """Yield as many with each right answer, as far as there are some, or the most frequent one would win by itself; they take turns."""
     by_answer: dict[int, list[Choice]] = {}
     for choice in found:
         by_answer.setdefault(choice.right, []).append(choice)
-    turns = zip(*(by_answer[right] for right in sorted(by_answer)), strict=False)
-    yield from islice(chain.from_iterable(turns), most)
+    turns = zip_longest(*(by_answer[right] for right in sorted(by_answer)))
+    yield from islice((choice for choice in chain.from_iterable(turns) if choice is not None), most)
 
 
 def shots_of(choice: Choice, sides: Sides[Choice], count: int, side: Side = "calibration") -> str:

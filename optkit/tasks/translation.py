@@ -72,7 +72,7 @@ class Translation(Answering):
     def _bleu(self, columns: Samples) -> Array:
         sums = [columns[name].sum(-2) for name in ("matches", "ngrams", "lengths")]
         draws = zip(*(part.reshape(-1, part.shape[-1]).astype(int).tolist() for part in sums), strict=True)
-        found = [self._judges[1].compute_bleu(hits, totals, *lengths).score / 100 for hits, totals, lengths in draws]
+        found = [self._judges[1].compute_bleu(hits, totals, *lengths, smooth_method="exp").score / 100 for hits, totals, lengths in draws]
         return np.array(found).reshape(sums[0].shape[:-1])
 
     @cached_property

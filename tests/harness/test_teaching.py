@@ -133,7 +133,9 @@ def test_what_a_network_cannot_do_is_refused_by_name(corpus: LabelledFiles, tmp_
         optkit.run(recipe(corpus, task=None), out=tmp_path)
     with pytest.raises(ProblemsError, match="asks for answers per item"):
         optkit.run(recipe(corpus, model="lstm-forecaster"), out=tmp_path)
-    with pytest.raises(OptkitError, match="text-classification is for models that run forward, and this one generates"):
+    with pytest.raises(
+        OptkitError, match="text-classification is for models that only run forward, and this is one of the models that go on"
+    ):
         optkit.run(recipe(corpus, model="reference"), out=tmp_path)
     (tmp_path / "own.yaml").write_text(to_yaml(recipe(corpus, model="reference", task=None)))
     with pytest.raises(OptkitError, match="'reference' is no network that is trained here"):

@@ -14,6 +14,8 @@ import optkit
 from optkit.core.errors import OptkitWarning, TargetError, TransformError
 from optkit.core.subject import Calibration
 from optkit.core.targets import Targets
+from optkit.models.networks.bilstm import BilstmClassifier
+from optkit.models.networks.lstm_forecaster import LstmForecast
 from optkit.transforms import Int8, PruneChannels
 
 
@@ -114,11 +116,43 @@ def test_units_of_an_lstm_that_are_silent_are_not_missed() -> None:
         torch.testing.assert_close(pruned(**batch), expected)
 
 
-def test_an_lstm_of_two_directions_keeps_its_units_and_that_is_told() -> None:
-    module = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.LSTM(16, 8, bidirectional=True))
-    with pytest.warns(OptkitWarning, match="3 has several layers or directions and keeps its units"):
+def test_an_lstm_of_several_layers_keeps_its_units_and_that_is_told() -> None:
+    module = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.LSTM(16, 8, num_layers=2))
+    with pytest.warns(OptkitWarning, match="3 has several layers or a projection and keeps its units"):
         pruned = PruneChannels(ratio=0.5).apply(module, Calibration(({"input": torch.randn(1, 3, 8)},)))
     assert pruned[3].hidden_size == 8 and pruned[0].out_features == 16  # type: ignore[index]
+
+
+def test_an_lstm_of_two_directions_loses_the_same_silent_units_in_both() -> None:
+    module = BilstmClassifier(50, 16, 16, 3).eval()
+    batch = {"input_ids": torch.randint(0, 50, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    silence(module.lstm, range(8, 16), ("", "_reverse"))
+    module.head.weight.data[:, [*range(8, 16), *range(24, 32)]] = 0
+    expected = module(**batch)
+    pruned = PruneChannels(ratio=0.5, targets=Targets(include=("lstm",))).apply(module, Calibration((batch,)))
+    assert pruned.lstm.hidden_size == 8 and pruned.head.in_features == 16 and pruned.embedding.embedding_dim == 16
+    assert torch.allclose(pruned(**batch), expected, atol=1e-6)
+
+
+def test_an_lstm_that_begins_another_loses_the_same_units() -> None:
+    module = LstmForecast(2, 3, 16).eval()
+    batch = {"values": torch.randn(4, 8, 2)}
+    for layer in (module.encoder, module.decoder):
+        silence(layer, range(8, 16), ("",))
+    module.head.weight.data[:, 8:] = 0
+    expected = module(**batch)
+    pruned = PruneChannels(ratio=0.5).apply(module, Calibration((batch,)))
+    assert pruned.encoder.hidden_size == pruned.decoder.hidden_size == 8
+    assert torch.allclose(pruned(**batch), expected, atol=1e-6)
+
+
+def silence(layer: nn.LSTM, units: range, directions: tuple[str, ...]) -> None:
+    """Set some units of an LSTM to zero for ever: nothing goes in, nothing comes out, and their output gate is shut."""
+    rows = [unit + gate * layer.hidden_size for gate in range(4) for unit in units]
+    for name in directions:
+        for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            getattr(layer, f"{part}_l0{name}").data[rows] = 0
+        getattr(layer, f"weight_hh_l0{name}").data[:, list(units)] = 0
 
 
 def test_int8_packs_what_is_left() -> None:
