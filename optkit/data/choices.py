@@ -63,7 +63,7 @@ def _even(found: Iterable[Choice], most: int) -> Iterator[Choice]:
     by_answer: dict[int, list[Choice]] = {}
     for choice in found:
         by_answer.setdefault(choice.right, []).append(choice)
-    turns = zip_longest(*(by_answer[right] for right in sorted(by_answer)))
+    turns = zip_longest(*(by_answer[right][: -(-most // len(by_answer))] for right in sorted(by_answer)))
     yield from islice((choice for choice in chain.from_iterable(turns) if choice is not None), most)
 
 
