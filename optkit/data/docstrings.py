@@ -20,7 +20,7 @@ _NEVER = {"site-packages", "dist-packages", "encodings", "pydoc_data", "test", "
 
 @cache
 def by_package() -> Sides[Labelled]:
-    """Return the first paragraph of each documentation string with the name of its package; each file stands on one side.
+    """Return the paragraphs of documentation strings with the name of their package; each file stands on one side.
 
     A text that stands in several places counts where it is met first; the name of the package is taken out of it.
 
@@ -57,6 +57,4 @@ def _paragraphs(source: str) -> Iterator[str]:
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = (ast.get_docstring(node) or "").partition("\n\n")[0].strip()
-            if text:
-                yield text
+            yield from (text.strip() for text in (ast.get_docstring(node) or "").split("\n\n") if text.strip())
