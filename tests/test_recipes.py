@@ -54,7 +54,7 @@ QUICKER = {
 FEW_ITEMS = {
     "translation-composed": ("task.translation.items=60",),
     "qa-composed": ("task.question-answering.items=60",),
-    "summarization-composed": ("task={summarization: {items: 60}}",),
+    "summarization-composed": ("task.summarization.items=60",),
     "gpt2-composed": ("task={text-generation: {windows: 60}}",),
 }
 TEXTS = "optkit/harness/*.py"  # a small corpus: that of the standard library takes every process some seconds

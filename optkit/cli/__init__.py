@@ -23,6 +23,7 @@ from optkit.cli.bench import bench
 from optkit.cli.check import check
 from optkit.cli.compare import compare_command
 from optkit.cli.export import export
+from optkit.cli.law import law_command
 from optkit.cli.listing import list_names
 from optkit.cli.profile import profile_command
 from optkit.cli.run import run_command
@@ -60,6 +61,7 @@ app.command("run")(run_command)
 app.command("check")(check)
 app.command("compare")(compare_command)
 app.command("export")(export)
+app.command("law")(law_command)
 app.command("list")(list_names)
 app.command("schema")(schema)
 app.command("train")(train_command)

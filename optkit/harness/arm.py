@@ -25,11 +25,13 @@ from optkit.engines.offloading import is_offloaded
 from optkit.engines.parallel.connect import part_for
 from optkit.engines.parallel.part import Part
 from optkit.harness.calibration import calibration_for
+from optkit.harness.machine import KINDS
 from optkit.harness.teaching import taught
 from optkit.harness.workloads import build_workload, supervised, task_for
 from optkit.measure.contract import Opened, Session
 from optkit.measure.memory import forget_peak, peak_bytes, resident_bytes
 from optkit.measure.stages import profile
+from optkit.measure.sweep import sweep
 from optkit.measure.traffic import read_bandwidth, weight_bytes_per_token
 from optkit.models import artefact
 from optkit.models.networks import Network
@@ -195,6 +197,13 @@ class Arm:
     def do_profile(self, prompt_tokens: int, new_tokens: int, batch_size: int, rounds: int) -> dict[str, Any]:
         """Return where the time of requests to the opened subject goes."""
         return asdict(profile(self._arm(), prompt_tokens, new_tokens, batch_size, rounds))
+
+    def do_sweep(self, model: str, kind: str, prompts: list[int], batches: list[int], most_s: float) -> dict[str, Any]:
+        """Open a model as it is of some kind, and return its times over a grid."""
+        subject = open_model(model)
+        for step in KINDS[kind]:
+            subject = step.apply(subject)
+        return asdict(sweep(model, subject.module, engine_for(subject), prompts, batches, most_s, self._tell))
 
     def do_memory(self) -> dict[str, Any]:
         """Return this rank's peak resident memory since serving began, what the empty runtime took, what its cache holds now, and the

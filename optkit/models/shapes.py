@@ -26,6 +26,9 @@ class Shape(Settings):
 
 
 SHAPES: dict[str, Shape] = {
+    "llama-5m": Shape(layers=4, hidden_size=256, heads=4, kv_heads=2, intermediate_size=704, vocabulary=8192, max_positions=4096),
+    "llama-25m": Shape(layers=8, hidden_size=448, heads=7, intermediate_size=1216, vocabulary=16384, max_positions=4096),
+    "llama-260m": Shape(layers=20, hidden_size=1024, heads=16, kv_heads=4, intermediate_size=2816, vocabulary=32000, max_positions=4096),
     "llama-135m": Shape(layers=30, hidden_size=576, heads=9, kv_heads=3, intermediate_size=1536, vocabulary=49152),
     "llama-1b": Shape(layers=22, hidden_size=2048, heads=32, kv_heads=4, intermediate_size=5632, vocabulary=32000, tied=False),
     "gpt2": Shape(family="gpt2", layers=12, hidden_size=768, heads=12, vocabulary=50257, max_positions=1024),

@@ -1,0 +1,82 @@
+"""The law of this machine, from a grid of measurements to parameters with intervals and errors on points that the fit has not seen."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from optkit.core import files
+from optkit.core.environment import environment
+from optkit.core.errors import OptkitError
+from optkit.harness.machine import KINDS, keep_laws
+from optkit.harness.processes import Workers
+from optkit.measure.law import PARAMETERS, Load, Point, errors, fit
+from optkit.report.law import KindOfLaw, LawReport, write_law
+
+Progress = Callable[[str, float | None], None]
+_HELD_OUT = 4  # one point of so many is not seen by the fit that is judged
+
+
+def measure_law(
+    kinds: Sequence[str],
+    models: Sequence[str],
+    prompts: Sequence[int],
+    batches: Sequence[int],
+    most_s: float,
+    threads: int | None,
+    out: Path,
+    progress: Progress = lambda doing, share: None,
+) -> tuple[Path, LawReport]:
+    """Measure every model in every kind, each in a process of its own; fit, judge, write and keep the laws.
+
+    Raises:
+        OptkitError: a kind is not known, or too few points could be measured.
+    """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise OptkitError(f"unknown kind {unknown[0]!r}; known: {', '.join(KINDS)}")
+    count = threads or torch.get_num_threads()
+    folder = files.new_folder(out / "law")
+    work = folder / "work"
+    work.mkdir()
+    found = []
+    for kind in kinds:
+        points: list[Point] = []
+        skipped: list[str] = []
+        for model in models:
+            with Workers(f"{kind} {model}".replace(":", "-").replace("/", "-"), count, work) as workers:
+                swept = workers.ask(
+                    "sweep",
+                    tell=lambda text, kind=kind: progress(f"{kind}: {text}", None),  # type: ignore[misc]
+                    model=model,
+                    kind=kind,
+                    prompts=list(prompts),
+                    batches=list(batches),
+                    most_s=most_s,
+                )
+            points += [Point(**{**each, "load": Load(**each["load"])}) for each in swept["points"]]
+            skipped += [f"{model} prompt {prompt} batch {batch}" for prompt, batch in swept["skipped"]]
+        found.append(_judged(kind, points, skipped))
+    report = LawReport({**environment(), "threads": count}, tuple(found))
+    keep_laws(count, {each.kind: each.law for each in found})
+    write_law(report, folder)
+    shutil.rmtree(work)
+    files.seal(folder)
+    return folder, report
+
+
+def _judged(kind: str, points: list[Point], skipped: list[str]) -> KindOfLaw:
+    """Fit without every fourth point, drawn from a fixed seed, and judge by these; the law that is kept has seen all."""
+    order = np.random.default_rng(0).permutation(len(points))
+    held = [points[index] for index in order[::_HELD_OUT]]
+    seen = [points[index] for index in sorted(set(range(len(points))) - set(order[::_HELD_OUT].tolist()))]
+    if len(seen) < len(PARAMETERS):
+        raise OptkitError(
+            f"{kind}: {len(points)} points are too few to fit {len(PARAMETERS)} parameters; name more models, prompts or batches"
+        )
+    off = errors(fit(seen), held)
+    return KindOfLaw(kind, fit(points), tuple(points), tuple(skipped), len(held), float(np.median(off)), float(np.percentile(off, 90)))

@@ -1,0 +1,153 @@
+"""How long a forward takes, from what it computes and reads: a law with physical terms, fitted to measurements of one machine.
+
+    t = call + blocks x block + sum over linear layers of max(bytes / bandwidth, operations / rate(rows)) + scores / score_rate
+        + cached bytes / cache_bandwidth,    rate(rows) = peak x rows / (rows + half_rows)
+
+The maximum is smooth (a norm of order 4), as both go on at once near the corner; see Williams et al. 2009 ("Roofline",
+https://doi.org/10.1145/1498765.1498785) for the two roofs. For a prompt the scores are quadratic in its length, for a later token linear in
+what stands before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PARAMETERS = ("call_s", "block_s", "bandwidth", "peak", "half_rows", "score_rate", "cache_bandwidth")
+_UNITS = {
+    "call_s": "s",
+    "block_s": "s",
+    "half_rows": "rows",
+    "bandwidth": "B/s",
+    "cache_bandwidth": "B/s",
+    "peak": "FLOP/s",
+    "score_rate": "FLOP/s",
+}
+_START = (1e-3, 2e-4, 1e10, 1e11, 8.0, 2e10, 1e10)
+_LEAST, _MOST = (1e-7, 1e-7, 1e8, 1e8, 1e-2, 1e7, 1e8), (1.0, 0.1, 1e13, 1e15, 1e4, 1e15, 1e14)
+_ORDER = 4
+_DRAWS = 40
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one forward must do. ``rows`` are those of the layers within blocks, ``head_rows`` those of the output head."""
+
+    blocks: int
+    rows: int
+    linear_flops: float
+    linear_bytes: float
+    head_rows: int
+    head_flops: float
+    head_bytes: float
+    score_flops: float
+    cache_bytes: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured forward: of which model, prompt and batch, which phase, what it had to do, and the seconds it took."""
+
+    model: str
+    parameters: int
+    prompt: int
+    batch: int
+    phase: str
+    load: Load
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Law:
+    """The parameters, in SI units, and for each the ends of its 95 % interval."""
+
+    parameters: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+
+    def seconds(self, load: Load) -> float:
+        """Return how long a forward of this load takes."""
+        return float(_predict(np.array([self.parameters[name] for name in PARAMETERS]), _columns([load]))[0])
+
+    def terms(self, load: Load) -> dict[str, float]:
+        """Return the seconds of each term; those of both roofs of the linear layers are told, of which about the larger counts."""
+        p = self.parameters
+        rate, head_rate = (p["peak"] * rows / (rows + p["half_rows"]) for rows in (load.rows, load.head_rows))
+        return {
+            "overhead": p["call_s"] + load.blocks * p["block_s"],
+            "reading weights": (load.linear_bytes + load.head_bytes) / p["bandwidth"],
+            "products": load.linear_flops / rate + load.head_flops / head_rate,
+            "attention": load.score_flops / p["score_rate"] + load.cache_bytes / p["cache_bandwidth"],
+        }
+
+    def regime(self, load: Load) -> str:
+        """Return the term that takes longest."""
+        terms = self.terms(load)
+        return max(terms, key=lambda name: terms[name])
+
+    def plain(self) -> dict[str, Any]:
+        """Return the law as plain data, with units."""
+        return {name: {"value": self.parameters[name], "unit": _UNITS[name], "interval": list(self.intervals[name])} for name in PARAMETERS}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Law:
+        """Return the law that ``plain`` has told."""
+        ends = {name: (plain[name]["interval"][0], plain[name]["interval"][1]) for name in PARAMETERS}
+        return cls({name: plain[name]["value"] for name in PARAMETERS}, ends)
+
+
+def fit(points: Sequence[Point], seed: int = 0) -> Law:
+    """Return the law that comes nearest to the points, by the logarithm of the error, with intervals from drawing points anew.
+
+    Raises:
+        ValueError: there are fewer points than parameters.
+    """
+    if len(points) < len(PARAMETERS):
+        raise ValueError(f"{len(points)} points cannot tell {len(PARAMETERS)} parameters")
+    columns, taken = _columns([point.load for point in points]), np.array([point.seconds for point in points])
+    best = _solve(columns, taken, np.log(_START))
+    draw = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(_DRAWS):
+        rows = draw.integers(0, len(points), len(points))
+        drawn.append(_solve(columns[rows], taken[rows], best))
+    low, high = np.percentile(np.array(drawn), [2.5, 97.5], axis=0)
+    values = dict(zip(PARAMETERS, np.exp(best).tolist(), strict=True))
+    ends = zip(np.exp(np.minimum(low, best)).tolist(), np.exp(np.maximum(high, best)).tolist(), strict=True)
+    return Law(values, dict(zip(PARAMETERS, ends, strict=True)))
+
+
+def errors(law: Law, points: Sequence[Point]) -> Floats:
+    """Return |predicted / measured - 1| of each point."""
+    return np.array([abs(law.seconds(point.load) / point.seconds - 1) for point in points])
+
+
+def _solve(columns: Floats, taken: Floats, start: Floats) -> Floats:
+    from scipy.optimize import least_squares
+
+    def off(logs: Floats) -> Floats:
+        return np.log(_predict(np.exp(logs), columns) / taken)
+
+    bounds = np.log(_LEAST), np.log(_MOST)
+    found = least_squares(off, np.clip(start, *bounds), bounds=bounds, loss="soft_l1", f_scale=0.1, max_nfev=400)
+    return np.asarray(found.x, dtype=np.float64)
+
+
+def _columns(loads: Sequence[Load]) -> Floats:
+    return np.array([list(asdict(load).values()) for load in loads], dtype=np.float64)
+
+
+def _predict(p: Floats, columns: Floats) -> Floats:
+    call, block, bandwidth, peak, half, score_rate, cache_bandwidth = p
+    blocks, rows, flops, read, head_rows, head_flops, head_read, scores, cached = columns.T
+
+    def linear(rows: Floats, flops: Floats, read: Floats) -> Floats:
+        parts = read / bandwidth, flops / (peak * rows / (rows + half))
+        return np.asarray(sum(part**_ORDER for part in parts) ** (1 / _ORDER))
+
+    whole = call + blocks * block + linear(rows, flops, read) + linear(head_rows, head_flops, head_read)
+    return np.asarray(whole + scores / score_rate + cached / cache_bandwidth)

@@ -1,0 +1,97 @@
+"""Times of first and later tokens of one model over a grid of prompt lengths and batch sizes, with what each forward had to do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from optkit.measure.clock import FEED_FORWARD, HEAD, PROJECTIONS, RECURRENT, SCORES
+from optkit.measure.law import Load, Point
+from optkit.measure.work import Forward, Work, work_of
+
+PREFILL, DECODE = "prefill", "decode"
+_STEPS = 6
+_REPEATS_S = 0.3  # a forward is repeated for so long, at least twice
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The measured points, and the (prompt, batch) that would have taken too long."""
+
+    points: list[Point]
+    skipped: list[tuple[int, int]]
+
+
+def sweep(
+    name: str,
+    module: nn.Module,
+    engine: Any,
+    prompts: Iterable[int],
+    batches: Iterable[int],
+    most_s: float,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Swept:
+    """Measure a causal model; what takes longer than ``most_s`` by its operations, at the rate seen so far, is left out."""
+    vocabulary = int(module.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    points: list[Point] = []
+    skipped: list[tuple[int, int]] = []
+    rate = 0.0
+    for prompt, batch in sorted(((p, b) for p in prompts for b in batches), key=lambda pair: pair[0] * pair[1]):
+        load = load_of(module, Forward(batch, prompt))
+        operations = load.linear_flops + load.head_flops + load.score_flops
+        if rate and operations / rate > most_s:
+            skipped.append((prompt, batch))
+            continue
+        tell(f"{name}: prompt {prompt}, batch {batch}")
+        ids = torch.randint(0, vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))
+        first = _timed(lambda ids=ids: engine.first(ids))  # type: ignore[misc]
+        rate = max(rate, operations / first)
+        points.append(Point(name, parameters, prompt, batch, PREFILL, load, first))
+        tokens = engine.first(ids)
+        tokens = engine.step(tokens).argmax(-1)
+        times = []
+        for _ in range(_STEPS):
+            start = time.perf_counter()
+            tokens = engine.step(tokens).argmax(-1)
+            times.append(time.perf_counter() - start)
+        points.append(
+            Point(name, parameters, prompt, batch, DECODE, load_of(module, Forward(batch, 1, prompt + _STEPS // 2 + 1)), median(times))
+        )
+        engine.reset()
+    return Swept(points, skipped)
+
+
+def load_of(module: nn.Module, forward: Forward) -> Load:
+    """Return what a forward must do, as the law asks for it."""
+    work = work_of(module, forward)
+    inner = [work.get(stage, Work()) for stage in (PROJECTIONS, FEED_FORWARD, RECURRENT)]
+    head, scores = work.get(HEAD, Work()), work.get(SCORES, Work())
+    config = getattr(module, "config", None)
+    return Load(
+        blocks=int(getattr(config, "num_hidden_layers", 1) or 1),
+        rows=forward.batch * forward.tokens,
+        linear_flops=sum(part.flops for part in inner),
+        linear_bytes=sum(part.bytes for part in inner),
+        head_rows=forward.batch if forward.only_last else forward.batch * forward.tokens,
+        head_flops=head.flops,
+        head_bytes=head.bytes,
+        score_flops=scores.flops,
+        cache_bytes=scores.bytes,
+    )
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    work()
+    times: list[float] = []
+    while len(times) < 2 or (sum(times) < _REPEATS_S and len(times) < 20):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return median(times)
