@@ -157,6 +157,12 @@ def _place(network: Network, task: Supervised, seed: int) -> Path:
     if cache is None:
         raise OptkitError("trained networks are kept in the cache folder, and it cannot be written; set OPTKIT_CACHE to a folder of yours")
     sides = {side: task.sides.sha256(side) for side in ("training", "validation")}
-    known = {"schema": _SCHEMA, "network": network.model_dump(mode="json"), "task": task.model_dump(mode="json"), "seed": seed, **sides}
+    known = {
+        "schema": _SCHEMA,
+        "network": network.model_dump(mode="json"),
+        "task": task.model_dump(mode="json", exclude=set(task.only_judging)),
+        "seed": seed,
+        **sides,
+    }
     digest = hashlib.sha256(json.dumps({"word": type(network).__name__, **known}, sort_keys=True).encode()).hexdigest()
     return cache / "trained" / f"{type(network).__name__.lower()}-{task.word()}-{digest[:16]}"

@@ -51,6 +51,7 @@ class Answering(Supervised):
     """A task that answers a text by a text. Answers are generated greedily."""
 
     kinds: ClassVar[tuple[Kind, ...]] = ("seq2seq-lm",)
+    only_judging: ClassVar[frozenset[str]] = frozenset({"items"})
     prefix: str = Field(default="", max_length=1000, description="what the model is told before each text, as it was trained to be")
     text_tokens: Length = Field(default=64, description="tokens of a text, at most")
     answer_tokens: Length = Field(default=32, description="tokens of an answer, at most")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -45,7 +45,12 @@ class Examples:
 
 
 class Supervised(Task):
-    """A task whose items have right answers. Training, validation, calibration and evaluation share no item."""
+    """A task whose items have right answers. Training, validation, calibration and evaluation share no item.
+
+    ``only_judging`` names the settings that have no part in training: a network that was trained without them is the same.
+    """
+
+    only_judging: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def read(self) -> Sides[Any]:

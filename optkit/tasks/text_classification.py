@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -53,6 +53,7 @@ class LabelledHub(Settings):
 class TextClassification(Supervised):
     """Accuracy, precision, recall and F1 of a text's class; macro: all classes count alike."""
 
+    only_judging: ClassVar[frozenset[str]] = frozenset({"called"})
     corpus: Literal["docstrings"] | LabelledFiles | LabelledHub = Field(
         default="docstrings", description="'docstrings' are those of the standard library, by package"
     )

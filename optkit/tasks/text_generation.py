@@ -45,6 +45,7 @@ class TextGeneration(Supervised):
     """
 
     kinds: ClassVar[tuple[Kind, ...]] = ("causal-lm",)
+    only_judging: ClassVar[frozenset[str]] = frozenset({"prompt_tokens", "answer_tokens", "windows"})
     corpus: Literal["python"] | TextFiles | TextHub = Field(default="python", description="'python' is the standard library, by file")
     prompt_tokens: Count = Field(default=64, description="tokens that are gone on with")
     answer_tokens: Count = Field(default=24, description="tokens of a continuation")

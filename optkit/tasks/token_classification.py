@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -39,6 +39,7 @@ class ColumnFiles(Settings):
 class TokenClassification(Supervised):
     """Precision, recall and F1 of entities (Tjong Kim Sang and De Meulder 2003, https://aclanthology.org/W03-0419), in all and by kind."""
 
+    only_judging: ClassVar[frozenset[str]] = frozenset({"called"})
     corpus: Literal["python"] | ColumnFiles = Field(
         default="python", description="'python' are lines of the standard library by lexical class"
     )

@@ -140,3 +140,9 @@ def test_what_a_network_cannot_do_is_refused_by_name(corpus: LabelledFiles, tmp_
     (tmp_path / "own.yaml").write_text(to_yaml(recipe(corpus, model="reference", task=None)))
     with pytest.raises(OptkitError, match="'reference' is no network that is trained here"):
         train(tmp_path / "own.yaml")
+
+
+def test_settings_of_judging_alone_train_nothing_anew(corpus: LabelledFiles) -> None:
+    taught(NETWORK, TextClassification(corpus=corpus, length=12), 0, lambda text: None)
+    assert is_taught(NETWORK, TextClassification(corpus=corpus, length=12, called={"tool": "TOOL"}), 0)
+    assert not is_taught(NETWORK, TextClassification(corpus=corpus, length=13), 0)
