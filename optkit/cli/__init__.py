@@ -25,6 +25,7 @@ from optkit.cli.compare import compare_command
 from optkit.cli.export import export
 from optkit.cli.law import law_command
 from optkit.cli.listing import list_names
+from optkit.cli.plan import plan_command
 from optkit.cli.profile import profile_command
 from optkit.cli.run import run_command
 from optkit.cli.schema import schema
@@ -56,6 +57,7 @@ def _options(
 
 
 app.add_typer(bench)
+app.command("plan")(plan_command)
 app.command("profile")(profile_command)
 app.command("run")(run_command)
 app.command("check")(check)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from optkit.core.errors import TransformError
 from optkit.core.mesh import Mesh
 from optkit.core.subject import Subject
@@ -13,7 +15,9 @@ from optkit.engines.native import NativeEngine, refusal
 from optkit.engines.offloading import explain, is_offloaded
 from optkit.engines.parallel.part import Part
 from optkit.engines.pipelined import PipelineEngine
+from optkit.engines.reusing import ReusingEngine
 from optkit.engines.seq2seq import Seq2SeqEngine
+from optkit.engines.speculative import SpeculativeEngine
 from optkit.kernels.peers import SharedPeers
 
 
@@ -42,15 +46,32 @@ def engine_for(subject: Subject, part: Part | None = None) -> Engine | ForwardEn
         return Seq2SeqEngine(subject.module)
     if subject.kind != "causal-lm":
         return EagerForward(subject.module) if backend is None else CompiledForward(subject.module)
+    reuse = _reuse(subject)
+    lookup = next((step.settings for step in subject.history if step.name == "prompt_lookup"), None)
+    if lookup is not None:
+        return SpeculativeEngine(subject.module, **lookup, **{name: reuse[name] for name in reuse if name != "least"})
+    if backend is None and reuse:
+        return ReusingEngine(subject.module, **reuse)
     if backend is None:
         return EagerEngine(subject.module) if cache is None else KvCacheEngine(subject.module, **cache)
     if backend == "native" or (backend == "auto" and refusal(subject.module, part=part) is None):
-        return NativeEngine(subject.module, cache, part)
+        return NativeEngine(subject.module, cache, part, reuse)
     if part is not None:
         raise TransformError(f"compiled steps cannot run on shards: {refusal(subject.module, part=part)}; leave out compile")
     if cache is not None:
         raise TransformError("graphs of torch.compile keep their own cache of floats; leave out compile or kv_cache")
     return CompiledEngine(subject.module)
+
+
+def _reuse(subject: Subject) -> dict[str, Any]:
+    """Return how prompts are taken: in which pieces, and which beginnings are kept."""
+    found: dict[str, Any] = {}
+    for step in subject.history:
+        if step.name == "chunked_prefill":
+            found["chunk"] = step.settings["tokens"]
+        elif step.name == "prefix_cache":
+            found |= {"entries": step.settings["entries"], "least": step.settings["least"]}
+    return found
 
 
 def refusal_of_parts(subject: Subject, mesh: Mesh) -> str | None:
@@ -61,6 +82,9 @@ def refusal_of_parts(subject: Subject, mesh: Mesh) -> str | None:
         reason = "no graph of torch.compile has sums over processes" if backend == "inductor" else refusal(subject.module)
         if reason is not None:
             return f"compiled steps cannot run on shards: {reason}; leave out compile"
+    own = sorted(names & {"prefix_cache", "chunked_prefill", "prompt_lookup"})
+    if mesh.parts > 1 and own:
+        return f"a part of a model takes whole prompts; leave out {' and '.join(own)}"
     if mesh.parts > 1 and "offload" in names:
         return "a part of a model is held in memory whole; leave out offload"
     if mesh.pipeline > 1 and names & {"compile", "kv_cache"}:
@@ -84,6 +108,11 @@ def _told(engine: Engine | ForwardEngine) -> str | None:
     if isinstance(engine, NativeEngine):
         kept = f", keys and values in {engine.cache_bits} bits" if engine.cache_bits else ""
         return f"steps of one token in one call of optkit's kernels, in float32{kept}; prompts by the model's own forward"
+    if isinstance(engine, SpeculativeEngine):
+        return f"the model's own forward, up to {engine.tokens} tokens guessed from the text and checked at once"
+    if isinstance(engine, ReusingEngine):
+        pieces = f"prompts in pieces of {engine.chunk} tokens" if engine.chunk else "whole prompts"
+        return f"the model's own forward, {pieces}" + (f", beginnings of the last {engine.entries} kept" if engine.entries else "")
     if isinstance(engine, KvCacheEngine):
         recent = f", the {engine.keep_recent} most recent positions as they are" if engine.keep_recent else ""
         return f"the model's own forward, keys and values kept in {engine.bits} bits{recent} and given to attention as floats"
@@ -106,7 +135,9 @@ __all__ = [
     "KvCacheEngine",
     "NativeEngine",
     "PipelineEngine",
+    "ReusingEngine",
     "Seq2SeqEngine",
+    "SpeculativeEngine",
     "engine_for",
     "refusal_of_parts",
     "told",

@@ -18,6 +18,7 @@ from optkit.engines.greedy import Greedy
 from optkit.engines.held import held_bytes
 from optkit.engines.kv_cache import KvCacheEngine
 from optkit.engines.parallel.part import Part
+from optkit.engines.reusing import ReusingEngine
 from optkit.kernels.decoder import BlockParts, Decoder, DecoderParts
 from optkit.kernels.native import explain, native
 from optkit.kernels.peers import SharedPeers
@@ -33,10 +34,16 @@ _TOLERANCE_PACKED = {0: 0.0, 8: 0.05, 4: 0.3}  # numbers of a cache in so many b
 class NativeEngine(Greedy):
     """Generates like ``EagerEngine``, and is compared with it once before it serves."""
 
-    def __init__(self, module: nn.Module, cache: Mapping[str, Any] | None = None, part: Part | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        cache: Mapping[str, Any] | None = None,
+        part: Part | None = None,
+        reuse: Mapping[str, Any] | None = None,
+    ) -> None:
         """Take a causal language model, and the settings of ``kv_cache`` where its cache is quantized.
 
-        ``part`` says of a shard what it is, and who has the others.
+        ``part`` says of a shard what it is, and who has the others; ``reuse`` how prompts are taken, as ``ReusingEngine`` asks for it.
 
         Raises:
             TransformError: it is not one that the kernels know; see ``refusal``.
@@ -47,7 +54,7 @@ class NativeEngine(Greedy):
         self.module = module.eval()
         self.cache_bits = 0 if cache is None else int(cache["bits"])
         self._cache = cache
-        self._eager = self._plain()
+        self._eager = self._plain() if not reuse else ReusingEngine(module, **reuse)
         self._part = part if part is not None and part.peers is not None else None
         self._parts = _parts(module, self._part)
         self._groups = 1 if cache is None else self._parts.head_size // (cache["group_size"] or self._parts.head_size)

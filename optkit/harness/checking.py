@@ -52,7 +52,7 @@ def check_recipe(recipe: Recipe, name: str, trust_remote_code: bool = False) -> 
     """
     refuse_unknown_choice()
     try:
-        outline = _outline(recipe, trust_remote_code)
+        outline = outline_of(recipe, trust_remote_code)
     except ModelError as error:
         raise ProblemsError(name, [Problem(line_of(name, ("model",)), "model", str(error))]) from None
     task = task_for(recipe, outline.kind)
@@ -106,7 +106,12 @@ def refuse_small_disk(need_bytes: int, folder: Path) -> None:
         )
 
 
-def _outline(recipe: Recipe, trust_remote_code: bool) -> Subject:
+def outline_of(recipe: Recipe, trust_remote_code: bool) -> Subject:
+    """Return the recipe's baseline, shapes alone.
+
+    Raises:
+        ModelError: there is no such model.
+    """
     if isinstance(recipe.model, Network):
         with torch.device("meta"):
             outline = fresh(recipe.model, supervised(recipe).needs(reference_tokenizer()))

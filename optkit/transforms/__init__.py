@@ -33,9 +33,12 @@ if TYPE_CHECKING:
     from optkit.transforms.quantize.nf4 import Nf4 as Nf4
     from optkit.transforms.quantize.qat import Qat as Qat
     from optkit.transforms.quantize.smoothquant import Smoothquant as Smoothquant
+    from optkit.transforms.runtime.chunked_prefill import ChunkedPrefill as ChunkedPrefill
     from optkit.transforms.runtime.compile import Compile as Compile
     from optkit.transforms.runtime.kv_cache import KvCache as KvCache
     from optkit.transforms.runtime.offload import Offload as Offload
+    from optkit.transforms.runtime.prefix_cache import PrefixCache as PrefixCache
+    from optkit.transforms.runtime.prompt_lookup import PromptLookup as PromptLookup
 
 TRANSFORMS: Registry[Transform] = Registry(
     "transform",
@@ -63,6 +66,9 @@ TRANSFORMS: Registry[Transform] = Registry(
         "llm_int8": "optkit.transforms.quantize.llm_int8:LlmInt8",
         "compile": "optkit.transforms.runtime.compile:Compile",
         "kv_cache": "optkit.transforms.runtime.kv_cache:KvCache",
+        "chunked_prefill": "optkit.transforms.runtime.chunked_prefill:ChunkedPrefill",
+        "prefix_cache": "optkit.transforms.runtime.prefix_cache:PrefixCache",
+        "prompt_lookup": "optkit.transforms.runtime.prompt_lookup:PromptLookup",
         "offload": "optkit.transforms.runtime.offload:Offload",
         "data_parallel": "optkit.transforms.parallel.data_parallel:DataParallel",
         "tensor_parallel": "optkit.transforms.parallel.tensor_parallel:TensorParallel",
@@ -73,6 +79,7 @@ TRANSFORMS: Registry[Transform] = Registry(
 __all__ = [
     "TRANSFORMS",
     "Calibration",
+    "ChunkedPrefill",
     "Compile",
     "DataParallel",
     "Distill",
@@ -91,6 +98,8 @@ __all__ = [
     "Offload",
     "PipelineParallel",
     "Plan",
+    "PrefixCache",
+    "PromptLookup",
     "PruneChannels",
     "PruneFfn",
     "PruneHeads",

@@ -47,6 +47,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "compile": {},
     "kv_cache": {},
     "offload": {},
+    "chunked_prefill": {"tokens": 5},
+    "prefix_cache": {},
+    "prompt_lookup": {},
     "data_parallel": {"size": 2},
     "tensor_parallel": {"size": 2},
     "pipeline_parallel": {"size": 2, "stages": (2, 1)},
@@ -63,6 +66,9 @@ NOT_FOR_BARE_MODULES = {
     "compile": "a bare module has none",
     "kv_cache": "a bare module has none",
     "offload": "a bare module has no file",
+    "chunked_prefill": "a bare module has none",
+    "prefix_cache": "a bare module has none",
+    "prompt_lookup": "a bare module has none",
     "smoothquant": "no place in Sequential",
 }
 RESHAPED = {"ensemble", "prune_ffn", "prune_heads", "prune_hidden", "low_rank"}

@@ -1,0 +1,127 @@
+"""What a recipe will cost, before a weight is read: bytes, memory and times of every step, from shapes and the laws of this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from optkit.core.subject import GENERATING, Subject
+from optkit.engines.native import refusal
+from optkit.harness.checking import check_recipe, outline_of
+from optkit.harness.machine import known_laws
+from optkit.kernels.int4 import Int4Linear
+from optkit.kernels.int8 import Int8Linear
+from optkit.measure.latency import Latency
+from optkit.measure.law import Law, Load
+from optkit.measure.sweep import load_of
+from optkit.measure.traffic import weight_bytes_per_token
+from optkit.measure.work import Forward
+from optkit.models.artefact import distinct_tensors
+from optkit.recipe.reading import load_recipe
+from optkit.recipe.schema import Recipe
+from optkit.report.plan import PlannedStep, PlanReport
+from optkit.transforms import Plan, Transform
+
+_RUNTIME_BYTES = 300 * 2**20  # Python with its libraries, resident
+_GAIN = 0.95  # a predicted ratio above this is none
+_PROMPTS = 128  # tokens of an item, where the task decides and no text has been read
+
+
+def plan(recipe: str | Path, overrides: tuple[str, ...] = (), trust_remote_code: bool = False) -> PlanReport:
+    """Return the plan of a recipe file.
+
+    Raises:
+        OptkitError: the recipe is refused, as ``check`` would.
+    """
+    wanted = load_recipe(recipe, overrides)
+    check_recipe(wanted, str(recipe), trust_remote_code)
+    return plan_of(wanted, trust_remote_code)
+
+
+def plan_of(recipe: Recipe, trust_remote_code: bool = False) -> PlanReport:
+    """Return the plan of a recipe that was checked."""
+    threads = recipe.threads or torch.get_num_threads()
+    laws = known_laws(threads)
+    latency = recipe.measure.get("latency")
+    meter = latency if isinstance(latency, Latency) else Latency()
+    outline = outline_of(recipe, trust_remote_code)
+    steps = [_planned("baseline", None, outline, laws, meter, None)]
+    for step in recipe.transforms:
+        with torch.device("meta"):
+            step.check(Plan(outline, tuple(meter.batch_sizes), threads))
+            outline = step.preview(outline)
+        steps.append(_planned(step.step().name, step, outline, laws, meter, steps[-1]))
+    missing = sorted({step.kind for step in steps if step.kind is not None and step.kind not in laws})
+    told = [f"no law of this machine is known for {kind} with {threads} threads: optkit law --kind {kind}" for kind in missing]
+    return PlanReport(recipe.name, threads, meter.batch_sizes[0], tuple(steps), tuple(told))
+
+
+def kind_of_law(subject: Subject) -> str | None:
+    """Return which law a subject follows, or None where there is none: several processes, or layers that no law was fitted for."""
+    if subject.mesh.size > 1 or subject.kind not in GENERATING or any(step.name in ("offload", "ensemble") for step in subject.history):
+        return None
+    kinds = {type(layer) for layer in subject.module.modules() if hasattr(layer, "weight_bytes") and isinstance(layer, torch.nn.Linear)}
+    packed = {Int8Linear: "int8", Int4Linear: "int4"}
+    if kinds - packed.keys():
+        return None
+    inner = {kind for kind in kinds if kind is Int4Linear} or kinds  # an int8 head beside int4 layers follows the law of these
+    dtype = next((tensor.dtype for tensor in subject.module.parameters() if tensor.is_floating_point()), torch.float32)
+    name = packed[next(iter(inner))] if inner else str(dtype).removeprefix("torch.")
+    backend = next((step.settings["backend"] for step in subject.history if step.name == "compile"), None)
+    if backend is None:
+        return name
+    return f"{name}-compiled" if backend != "inductor" and refusal(subject.module) is None else None
+
+
+def _planned(
+    name: str, step: Transform | None, outline: Subject, laws: dict[str, Law], meter: Latency, before: PlannedStep | None
+) -> PlannedStep:
+    module, batch = outline.module, meter.batch_sizes[0]
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(module).values())
+    prompt = meter.prompt_tokens if outline.kind == "causal-lm" else _PROMPTS
+    first = load_of(module, Forward(batch, prompt))
+    later = load_of(module, Forward(batch, 1, prompt + meter.new_tokens // 2))
+    last = load_of(module, Forward(batch, 1, prompt + meter.new_tokens))
+    cache = int(last.cache_bytes) if outline.kind in GENERATING else 0
+    kind = kind_of_law(outline)
+    law = laws.get(kind) if kind else None
+    serving = stored + cache + _RUNTIME_BYTES + _activations(first)
+    found = PlannedStep(
+        name=name,
+        kind=kind,
+        stored_bytes=stored,
+        token_bytes=weight_bytes_per_token(module),
+        cache_bytes=cache,
+        serving_bytes=serving,
+        transforming_bytes=_RUNTIME_BYTES + (stored if before is None else before.stored_bytes + stored),
+        ttft_ms=law.seconds(first) * 1e3 if law else None,
+        tpot_ms=law.seconds(later) * 1e3 if law else None,
+        regime=law.regime(later) if law else None,
+    )
+    return replace(found, warnings=tuple(_warnings(step, outline, found, before, law, later)))
+
+
+def _activations(load: Load) -> int:
+    """Return about what a prompt's forward holds beside the weights: some copies of its widest layer, in float32."""
+    width = load.linear_flops / (2 * max(1, load.rows)) / max(1, load.blocks)  # weights of a block
+    return int(4 * load.rows * width**0.5 * 6)
+
+
+def _warnings(
+    step: Transform | None, outline: Subject, found: PlannedStep, before: PlannedStep | None, law: Law | None, later: Load
+) -> list[str]:
+    if step is None or before is None:
+        return []
+    told = []
+    if step.step().execution == "simulated":
+        told.append("mask only: zeros are stored and multiplied like any other number; no gain in speed or size")
+    elif outline.mesh.size > 1:
+        told.append(f"served by {outline.mesh.size} processes: not predicted; whether that pays, the run's report says")
+    elif found.tpot_ms is not None and before.tpot_ms is not None and law is not None:
+        share = law.terms(later)["overhead"] / law.seconds(later)
+        if step.step().execution == "real" and found.tpot_ms > _GAIN * before.tpot_ms:
+            why = f"overhead-bound at this size ({share:.0%} of a later token)" if share > 0.5 else f"{found.regime} takes longest"
+            told.append(f"no gain expected in time per token: {why}")
+    return told
