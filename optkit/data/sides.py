@@ -33,10 +33,20 @@ class Tagged:
 
 @dataclass(frozen=True)
 class Asked:
-    """A text, and the answers that are right: the first is the one to learn."""
+    """A text, and the answers that are right: the first is the one to learn.
+
+    Where the text is a question on another one, that is the ``context``, and the first answer stands there from character ``start`` on.
+    """
 
     text: str
     answers: tuple[str, ...]
+    context: str = ""
+    start: int = -1
+
+    @property
+    def whole(self) -> str:
+        """The text with its context."""
+        return f"{self.text} {self.context}" if self.context else self.text
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ from optkit.data.tables import Row
 
 @dataclass(frozen=True)
 class Question:
-    """A question with the text that answers it, the answers that are right, each once, and its place."""
+    """A question with the text that answers it, the answers that are right, each once, where the first stands there, and its place."""
 
     where: str
-    text: str
+    question: str
+    context: str
     answers: tuple[str, ...]
+    start: int
 
     @classmethod
     def of(cls, row: Row) -> Question:
@@ -28,10 +30,10 @@ class Question:
             DataError: a column is something else.
         """
         answers = row.values.get("answers")
-        texts = answers.get("text") if isinstance(answers, Mapping) else None
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise DataError(f"{row.where} has no answers with their 'text', but {type(answers).__name__}")
-        return cls(row.where, f"{row.text('question')} {row.text('context')}", tuple(dict.fromkeys(texts)))
+        texts, starts = (answers.get(key) if isinstance(answers, Mapping) else None for key in ("text", "answer_start"))
+        if not isinstance(texts, list) or not isinstance(starts, list) or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{row.where} has no answers with their 'text' and 'answer_start', but {type(answers).__name__}")
+        return cls(row.where, row.text("question"), row.text("context"), tuple(dict.fromkeys(texts)), starts[0] if starts else -1)
 
 
 def squad_questions(path: Path) -> list[Question]:
@@ -58,8 +60,12 @@ def _questions(path: Path, whole: Any) -> Iterator[Question]:
             context = _text(paragraph, "context", place)
             for q, asked in enumerate(_list(paragraph, "qas", place)):
                 where = f"{place}.qas[{q}]"
-                answers = [_text(answer, "text", where) for answer in _list(asked, "answers", where)]
-                yield Question(where, f"{_text(asked, 'question', where)} {context}", tuple(dict.fromkeys(answers)))
+                answers = _list(asked, "answers", where)
+                texts = tuple(dict.fromkeys(_text(answer, "text", where) for answer in answers))
+                start = answers[0].get("answer_start", -1) if answers else -1
+                if answers and (not isinstance(start, int) or context[start : start + len(texts[0])] != texts[0]):
+                    raise DataError(f"{where}: its answer {texts[0][:40]!r} does not stand at {start!r} of its context")
+                yield Question(where, _text(asked, "question", where), context, texts, start)
 
 
 def _list(holder: Any, key: str, where: str) -> list[Any]:

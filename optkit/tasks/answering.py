@@ -79,7 +79,7 @@ class Answering(Supervised):
         items = [self.sides.of(side)[row] for row in rows]
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        texts = [self.prefix + item.text for item in items]
+        texts = [self.prefix + item.whole for item in items]
         found = tokenizer(texts, padding="longest", truncation=True, max_length=self.text_tokens, return_tensors="pt")
         labels = torch.full((len(items), self.answer_tokens), _IGNORED)
         for row, ids in enumerate(tokenizer(text_target=[item.answers[0] for item in items])["input_ids"]):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,12 @@ from optkit.core.group import Group
 from optkit.core.subject import Subject
 from optkit.data.sides import Asked
 from optkit.engines import engine_for
+from optkit.models.networks.encoder import Encoder
 from optkit.models.networks.seq2seq import Seq2Seq
+from optkit.models.sources import reference_tokenizer
 from optkit.tasks.answering import Answering, PairFiles
 from optkit.tasks.question_answering import QuestionAnswering, SquadFiles
+from optkit.tasks.spans import spans
 from optkit.tasks.summarization import Summarization
 from optkit.tasks.translation import ParallelFiles, Translation
 
@@ -159,7 +164,31 @@ def test_squad_files_are_answered_where_there_is_an_answer(tmp_path: Path) -> No
         {"id": str(n), "question": f"Which {n}?", "answers": [{"text": f"{n}", "answer_start": 0}] if n % 2 else []} for n in range(80)
     ]
     path = tmp_path / "train-v2.0.json"
-    path.write_text(json.dumps({"data": [{"title": "t", "paragraphs": [{"context": "0 to 79", "qas": asked}]}]}))
+    paragraphs = [{"context": f"{n} is the number", "qas": [question]} for n, question in enumerate(asked)]
+    path.write_text(json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}))
     task = QuestionAnswering(corpus=SquadFiles(files=(str(path),)))
     items = [item for side in ("training", "validation", "calibration", "evaluation") for item in task.sides.of(side)]  # type: ignore[arg-type]
-    assert len(items) == 40 and Asked("Which 3? 0 to 79", ("3",)) in items
+    assert len(items) == 40 and any(item.text == "Which 3?" and item.answers == ("3",) for item in items)
+
+
+def test_marked_answers_are_the_pieces_of_the_text_that_were_meant() -> None:
+    task, tokenizer = QuestionAnswering(), reference_tokenizer()
+    examples = task.examples("evaluation", tokenizer)
+    hot = torch.nn.functional.one_hot(examples.answers[:, :2].clamp_min(0), task.text_tokens).float()
+    output = SimpleNamespace(start_logits=hot[:, 0], end_logits=hot[:, 1])
+    known = (examples.answers[:, 0] >= 0).nonzero().flatten().tolist()
+    items = [task.sides.evaluation[row] for row in examples.answers[:, 2].tolist()]
+    texts, _ = spans(output, items, tokenizer, task.text_tokens, task.answer_tokens)
+    scores = [task.scores(texts[row], items[row])["exact_match"] for row in known]
+    assert len(known) > 900 and np.mean(scores) > 0.95
+
+
+def test_an_encoder_marks_answers_and_a_model_that_writes_is_told_to(tokenizer: Any) -> None:
+    task = QuestionAnswering(items=20)
+    module = Encoder(hidden_size=16, layers=1, heads=2, intermediate_size=16).build(task.needs(reference_tokenizer())).eval()
+    subject = Subject(module, "encoder", kind="module", tokenizer=reference_tokenizer())
+    columns = task.evaluate(subject, engine_for(subject), Group(), None, None)
+    assert len(columns["f1"]) == 20 and score(task, "perplexity", columns) > 1
+    other = replace(subject, kind="seq2seq-lm")
+    with pytest.raises(DataError, match="form: write"):
+        task.judged(other, None, {}, task.examples("evaluation", reference_tokenizer()).answers)

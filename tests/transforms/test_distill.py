@@ -190,3 +190,20 @@ def test_in_a_loop_of_accelerate_the_same_parts_are_called_by_hand(tiny_llama: L
     assert apart(student, teacher, tokens(40)) < 0.9 * before
     weight = student.get_parameter("model.layers.0.mlp.up_proj.weight")
     assert int((weight == 0).sum()) == round(0.3 * weight.numel())
+
+
+def test_both_ends_of_a_marked_piece_are_learned() -> None:
+    torch.manual_seed(0)
+    student, teacher = (pieces() for _ in range(2))
+    batch = {"input_ids": torch.randint(0, 40, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.long)}
+    assert float(Distillation(teacher)(teacher, batch)) == pytest.approx(0, abs=1e-6)
+    loss = Distillation(teacher)(student, batch)
+    loss.backward()
+    assert float(loss.detach()) > 0 and student.qa_outputs.weight.grad.abs().sum(1).min() > 0
+
+
+def pieces() -> Any:
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return BertForQuestionAnswering(BertConfig(vocab_size=40, **sizes)).eval()

@@ -1,8 +1,8 @@
-"""A small Transformer encoder of the BERT shape, with a head for one class a text or one a token."""
+"""A small Transformer encoder of the BERT shape, with a head for one class a text, one a token, or the ends of a piece."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field
@@ -21,16 +21,16 @@ class Encoder(Network):
     intermediate_size: Count = Field(default=512, description="width of the feed-forward layers")
 
     def build(self, needs: Mapping[str, Any]) -> nn.Module:
-        """Return a classifier of texts or tokens.
+        """Return a classifier of texts or tokens, or one that marks pieces.
 
         Raises:
             ModelError: the task asks for neither, or the heads do not divide the width.
         """
-        from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
+        from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification
 
-        kinds = {"item": BertForSequenceClassification, "token": BertForTokenClassification}
+        kinds = {"item": BertForSequenceClassification, "token": BertForTokenClassification, "span": BertForQuestionAnswering}
         if needs.get("per") not in kinds:
-            raise ModelError("encoder gives classes to texts or to tokens, and this task asks for something else")
+            raise ModelError("encoder gives classes to texts or to tokens, or marks pieces, and this task asks for something else")
         if self.hidden_size % self.heads:
             raise ModelError(f"{self.heads} heads do not divide hidden_size {self.hidden_size}")
         config = BertConfig(
@@ -40,8 +40,12 @@ class Encoder(Network):
             num_attention_heads=self.heads,
             intermediate_size=self.intermediate_size,
             max_position_embeddings=needs["positions"],
-            id2label=dict(enumerate(needs["labels"])),
-            label2id={label: number for number, label in enumerate(needs["labels"])},
+            **_classes(needs.get("labels", ())),
         )
         module: nn.Module = kinds[needs["per"]](config)
         return module
+
+
+def _classes(labels: Sequence[str]) -> dict[str, Any]:
+    numbers = {label: number for number, label in enumerate(labels)}
+    return {"id2label": {number: label for label, number in numbers.items()}, "label2id": numbers} if labels else {}

@@ -115,11 +115,13 @@ def in_dtype_of(module: nn.Module, batch: Batch) -> Batch:
 
 
 def answers_of(output: Any) -> Tensor:
-    """Return the logits of a model's output, or the output where it is a tensor.
+    """Return the logits of a model's output, or the output where it is a tensor; of a model that marks pieces, those of both ends.
 
     Raises:
         TransformError: it is neither.
     """
+    if hasattr(output, "start_logits"):
+        return torch.stack([output.start_logits, output.end_logits], dim=-2)  # (b, 2, t): one distribution over the text for each end
     found = getattr(output, "logits", output)
     if not isinstance(found, Tensor):
         raise TransformError(
@@ -132,7 +134,7 @@ def _answers_apart(output: Any, taught: Any, mask: Tensor | None, temperature: f
     answers, wanted = answers_of(output), answers_of(taught)
     if answers.shape != wanted.shape:
         raise TransformError(f"the teacher answers with {tuple(wanted.shape)}, the student with {tuple(answers.shape)}")
-    if hasattr(output, "logits") and answers.shape[-1] > 1:
+    if not isinstance(output, Tensor) and answers.shape[-1] > 1:
         fits = mask is not None and mask.shape == answers.shape[:-1]
         return answers_loss(answers, wanted, mask if fits else None, temperature)
     return functional.mse_loss(answers.float(), wanted.float()) / wanted.float().square().mean().clamp(min=1e-12)
