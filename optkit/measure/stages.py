@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import median
+from statistics import mean
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from optkit.measure.counters import Counters, energy_joules, ticks_per_second
 from optkit.measure.traffic import read_bandwidth, weight_bytes_per_token
 from optkit.measure.work import Forward, Work, work_of
 
-SAMPLING, GRAPH = "sampling", "compiled graph"
+SAMPLING, GRAPH, _WAITING = "sampling", "compiled graph", "communication"
 _MOST_SWEPT_BYTES = 2**30
 _MATRIX = 1536  # of the products that tell the peak
 
@@ -106,6 +106,7 @@ class _Watch:
 
     def __init__(self, arm: Opened) -> None:
         self._engine = arm.engine
+        self._alone = arm.subject.mesh.parts == 1
         self.module = arm.subject.module
         self.ticks_per_second = ticks_per_second()
         self.event_cost_s = event_cost_s()
@@ -125,7 +126,7 @@ class _Watch:
         seconds = dict(clock.seconds)
         counted = {(stage, None): count / (self.ticks_per_second or 1) for stage, count in zip(NATIVE_STAGES, ticks.tolist(), strict=True)}
         for key, spent in counted.items():
-            if spent:
+            if spent and not (self._alone and key[0] == _WAITING):
                 seconds[key] = seconds.get(key, 0.0) + spent
         known = sum(counted.values()) + sampling
         seconds[FRAMEWORK, None] = max(0.0, seconds.get((FRAMEWORK, None), 0.0) - known)
@@ -143,16 +144,15 @@ class _Watch:
         return end - start, (end - middle if sampled else 0.0)
 
     def phase(self, pairs: list[_Pair], work: Mapping[str, Work]) -> Phase:
-        """Return the phase that these pairs are of."""
+        """Return the phase that these pairs are of, from the quicker half of them: what else the machine did is left out."""
+        quickest = sorted(pairs, key=lambda pair: pair.watched_s)[: -(-len(pairs) // 2)]
+        plain_s = sorted(pair.plain_s for pair in pairs)[: len(quickest)]
         compiled = isinstance(self._engine, CompiledEngine | CompiledForward)
         keys = dict.fromkeys(key for pair in pairs for key in pair.seconds)
         spent = {}
         for key in keys:
-            stage_events = [pair.events.get(key[0], 0) for pair in pairs]
-            shares = [_share(pair, key) for pair in pairs]
-            costs = [count * self.event_cost_s * share for count, share in zip(stage_events, shares, strict=True)]
-            taken = [pair.seconds.get(key, 0.0) - cost for pair, cost in zip(pairs, costs, strict=True)]
-            spent[key] = max(0.0, median(taken))
+            costs = [pair.events.get(key[0], 0) * self.event_cost_s * _share(pair, key) for pair in quickest]
+            spent[key] = max(0.0, mean(pair.seconds.get(key, 0.0) for pair in quickest) - mean(costs))
         stages: dict[str, StageTime] = {}
         for stage in dict.fromkeys(key[0] for key in keys):
             blocks = sorted((block, value) for (name, block), value in spent.items() if name == stage and block is not None)
@@ -161,8 +161,7 @@ class _Watch:
             name = GRAPH if compiled and stage == FRAMEWORK else stage
             cycles = None if self.ticks_per_second is None else seconds * self.ticks_per_second
             stages[name] = StageTime(seconds * 1e3, done.flops, done.bytes, cycles, tuple(value * 1e3 for _, value in blocks))
-        total = median(pair.plain_s for pair in pairs) * 1e3
-        watched = median(pair.watched_s for pair in pairs) * 1e3
+        total, watched = mean(plain_s) * 1e3, mean(pair.watched_s for pair in quickest) * 1e3
         order = sorted(stages.items(), key=lambda item: (item[0] in (FRAMEWORK, GRAPH), -item[1].ms))
         return Phase(total, sum(stage.ms for stage in stages.values()), watched, dict(order))
 

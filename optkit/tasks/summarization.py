@@ -15,7 +15,7 @@ _KINDS = ("rouge1", "rouge2", "rougeL")
 
 
 class Summarization(Answering):
-    """ROUGE (Lin 2004, https://aclanthology.org/W04-1013), F-measures by torchmetrics, mean over items; and the length in words."""
+    """ROUGE (Lin 2004, https://aclanthology.org/W04-1013), F-measures by torchmetrics, mean over items; and how far the length is off."""
 
     corpus: Literal["functions"] | PairFiles | PairHub = Field(
         default="functions", description="'functions' are those of the standard library, with the first line of what they say of themselves"
@@ -27,11 +27,14 @@ class Summarization(Answering):
         return bodies_with_summaries() if isinstance(self.corpus, str) else pairs_of(self.corpus)
 
     def scores(self, given: str, item: Asked) -> dict[str, Any]:
-        """Return each ROUGE's F-measure, and the number of words."""
+        """Return each ROUGE's F-measure, and by how many words the length is off."""
         from torchmetrics.functional.text import rouge_score
 
         found = rouge_score(given, item.answers[0], rouge_keys=_KINDS)
-        return {**{kind.lower(): float(found[f"{kind}_fmeasure"]) for kind in _KINDS}, "words": float(len(given.split()))}
+        return {
+            **{kind.lower(): float(found[f"{kind}_fmeasure"]) for kind in _KINDS},
+            "length_error": float(abs(len(given.split()) - len(item.answers[0].split()))),
+        }
 
     def trivially(self, item: Asked) -> str:
         """Return the text's first twelve words."""
@@ -39,4 +42,4 @@ class Summarization(Answering):
 
     def metrics(self) -> tuple[Metric, ...]:
         """Return ROUGE-L first."""
-        return (mean_of("rougel"), mean_of("rouge1"), mean_of("rouge2"), mean_of("words", "words"), *predictions())
+        return (mean_of("rougel"), mean_of("rouge1"), mean_of("rouge2"), mean_of("length_error", "words", better=False), *predictions())

@@ -118,7 +118,7 @@ class TextGeneration(Supervised):
                 "exact_match": float(given.partition("\n")[0].strip() == right.partition("\n")[0].strip()),
                 "distinct_1": distinct(given.split(), 1),
                 "distinct_2": distinct(given.split(), 2),
-                "words": float(len(given.split())),
+                "length_error": float(abs(len(given.split()) - len(right.split()))),
             }
             for given, right in zip(output, answers, strict=True)
         ]
@@ -143,7 +143,13 @@ class TextGeneration(Supervised):
     def metrics(self) -> tuple[Metric, ...]:
         """Return the perplexity first."""
         perplexity, accuracy, agreement = predictions()
-        kinds = (mean_of("chrf"), mean_of("exact_match"), mean_of("distinct_1"), mean_of("distinct_2"), mean_of("words", "words"))
+        kinds = (
+            mean_of("chrf"),
+            mean_of("exact_match"),
+            mean_of("distinct_1"),
+            mean_of("distinct_2"),
+            mean_of("length_error", "words", better=False),
+        )
         return (perplexity, accuracy, *kinds, agreement)
 
     def prompts(self, subject: Subject, count: int, length: int) -> Tensor:
