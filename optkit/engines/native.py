@@ -108,6 +108,11 @@ class NativeEngine(Greedy):
         """Forget the cache."""
         self._batch = self._position = 0
 
+    def forget(self) -> None:
+        """Forget the prompts of earlier requests, where they are kept."""
+        if isinstance(self._eager, ReusingEngine):
+            self._eager.forget()
+
     def _plain(self) -> EagerEngine:
         return EagerEngine(self.module) if self._cache is None else KvCacheEngine(self.module, **self._cache)
 

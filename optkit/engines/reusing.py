@@ -55,6 +55,10 @@ class ReusingEngine(EagerEngine):
             self._keep_prompt(input_ids)
         return logits
 
+    def forget(self) -> None:
+        """Forget the prompts of earlier requests."""
+        self._known.clear()
+
     def _begin(self, input_ids: Tensor) -> int:
         """Put the longest beginning that is known, or that all rows share, into the cache; return its length."""
         rows = [tuple(row) for row in input_ids.tolist()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Annotated, ClassVar
@@ -19,6 +19,7 @@ from optkit.measure.contract import Meter, Opened, Session
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 BLOCK_TOKENS = 8
+_OWN_PROMPTS = 64  # requests until a prompt comes again
 
 
 class Latency(Meter):
@@ -31,6 +32,9 @@ class Latency(Meter):
 
     timed: ClassVar[bool] = True
     prompt_tokens: Count = Field(default=128, description="tokens of each prompt")
+    shared_tokens: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        default=0, description="first tokens that all prompts share; every request then has a prompt of its own, else all have the same"
+    )
     new_tokens: Annotated[int, Field(ge=2, le=1_000_000)] = Field(default=64, description="tokens generated for each prompt")
     batch_sizes: tuple[Count, ...] = Field(default=(1,), min_length=1, description="sequences at once; each size is measured")
     precision: float = Field(default=0.02, gt=0, lt=1, description="stop when the per-token ratio is known within this share")
@@ -40,11 +44,12 @@ class Latency(Meter):
         """Return a measurement in progress at one batch size; every rank of the group opens one."""
         rows = group.rows(batch_size)
         if arm.subject.kind == "causal-lm":
-            prompts = arm.task.prompts(arm.subject, batch_size, self.prompt_tokens)
-            return _Generation(arm, prompts[rows], rows, self.new_tokens, group)
+            prompts = arm.task.prompts(arm.subject, batch_size * (_OWN_PROMPTS if self.shared_tokens else 1), self.prompt_tokens)
+            prompts[:, : self.shared_tokens] = prompts[0, : self.shared_tokens].clone()
+            return _Generation(arm, [request[rows] for request in prompts.split(batch_size)], rows, self.new_tokens, group)
         if arm.subject.kind == "seq2seq-lm":
             request = {name: tensor[rows] for name, tensor in arm.task.batch(arm.subject, batch_size).items()}
-            return _Generation(arm, request, rows, self.new_tokens, group)
+            return _Generation(arm, [request], rows, self.new_tokens, group)
         return _Forward(arm, batch_size, group)
 
     def blocks_per_round(self, generates: bool) -> int:
@@ -70,9 +75,10 @@ def sized(metric: str, batch_size: int) -> str:
 class _Generation:
     """One request after another; a block is a prefill, or the next few tokens."""
 
-    def __init__(self, arm: Opened, prompts: Tensor | Mapping[str, Tensor], rows: slice, new_tokens: int, group: Group) -> None:
+    def __init__(self, arm: Opened, requests: Sequence[Tensor | Mapping[str, Tensor]], rows: slice, new_tokens: int, group: Group) -> None:
         self._engine = arm.engine
-        self._prompts, self._empty = prompts, rows.start == rows.stop
+        self._requests, self._empty = requests, rows.start == rows.stop
+        self._number = 0
         self._new_tokens = new_tokens
         self._group = group
         self._left = 0
@@ -91,9 +97,16 @@ class _Generation:
         return self._group.slowest([1e3 * (after - before) for before, after in pairwise([] if self._empty else work())])
 
     def _first(self) -> list[float]:
-        """Take the prompts twice, and return when the second time began and ended."""
-        self._take(self._engine.first(self._prompts))
-        return [time.perf_counter(), self._take(self._engine.first(self._prompts))]
+        """Take a request and then the next, and return when the second began and ended.
+
+        Where all requests are one and the same, an engine that keeps beginnings of prompts forgets them before: else it would have all.
+        """
+        before, now = (self._requests[(self._number + step) % len(self._requests)] for step in (0, 1))
+        self._number += 1
+        self._take(self._engine.first(before))
+        if len(self._requests) == 1 and hasattr(self._engine, "forget"):
+            self._engine.forget()
+        return [time.perf_counter(), self._take(self._engine.first(now))]
 
     def _further(self, count: int) -> list[float]:
         """Return when each of so many tokens was there.

@@ -209,3 +209,31 @@ def test_every_meter_is_registered_frozen_and_described() -> None:
         assert all(field.description for field in type(meter).model_fields.values())
     with pytest.raises(ValidationError):
         METERS["latency"]().seconds = 3  # type: ignore[attr-defined]
+
+
+def test_requests_that_share_a_beginning_go_on_differently_and_the_others_are_never_taken_from_memory(subject: Any) -> None:
+    class Seen:
+        def __init__(self) -> None:
+            self.prompts: list[torch.Tensor] = []
+            self.forgotten = 0
+
+        def first(self, ids: torch.Tensor) -> torch.Tensor:
+            self.prompts.append(ids)
+            return ids[:, 0]
+
+        def forget(self) -> None:
+            self.forgotten += 1
+
+    class Prompts:
+        def prompts(self, subject: Any, count: int, length: int) -> torch.Tensor:
+            return torch.arange(count * length).view(count, length)
+
+    for shared, own in ((3, 4), (0, 1)):
+        engine = Seen()
+        session = Latency(prompt_tokens=5, shared_tokens=shared, new_tokens=2).session(Opened(subject(), engine, Prompts()), 1, Group())
+        for _ in range(2):
+            session.block()
+            session._left = 0
+        texts = {tuple(ids[0].tolist()) for ids in engine.prompts}
+        assert len(engine.prompts) == 4 and len(texts) == (3 if shared else own)
+        assert len({text[:3] for text in texts}) == 1 and engine.forgotten == (0 if shared else 2)

@@ -17,7 +17,7 @@ from optkit.transforms.runtime.own_forward import refuse_other_engines
 class PrefixCache(Transform):
     """Keep the keys and values of the last prompts (as in Zheng et al. 2023, arXiv 2312.07104); later ones begin where they differ.
 
-    Timed with the same prompt again and again, the first token comes at once: only a workload with its own prompts tells what it buys.
+    What it buys hangs on the prompts: ``latency: {shared_tokens: ...}`` measures requests that begin alike and go on differently.
     """
 
     stage: ClassVar[Stage] = Stage.RUNTIME
