@@ -12,6 +12,8 @@ from torch.compiler import is_compiling
 from optkit.kernels.int8 import Int8Linear
 from optkit.kernels.recurrent import PackedRecurrent, States
 
+_MANY = 8  # sequences, from which on products are bound by arithmetic
+
 
 class PassStruct(ctypes.Structure):
     """One pass through time as the C code sees it; the fields follow ``struct pass`` in lstm.c."""
@@ -43,6 +45,8 @@ class Int8LSTM(PackedRecurrent, nn.LSTM):
     def passes(self, flat: Tensor, sizes: list[int], states: list[States], names: list[str]) -> tuple[list[Tensor], list[States]]:
         """Go through time once for each of these places, together where the kernels take it; return outputs and last states of each."""
         hidden = [cast(Int8Linear, self.get_submodule(f"hidden_{name}")) for name in names]
+        if sizes[0] >= _MANY and sizes[0] == sizes[-1] and flat.is_cpu and not is_compiling():
+            return self._by_floats(flat, sizes, states, names)
         if not self._in_one_call(flat, sizes, states, hidden):
             return super().passes(flat, sizes, states, names)
         given = [self.get_submodule(f"input_{name}")(flat) for name in names]
@@ -62,6 +66,18 @@ class Int8LSTM(PackedRecurrent, nn.LSTM):
         if status:
             raise MemoryError(f"no memory for the hidden products of {sizes[0]} sequences")
         return list(output.split(self.hidden_size, dim=-1)), ended
+
+    def _by_floats(self, flat: Tensor, sizes: list[int], states: list[States], names: list[str]) -> tuple[list[Tensor], list[States]]:
+        """Go through time by PyTorch's own layer, with weights that are floats for so long: where rows are many, reading costs little."""
+        weights: list[Tensor] = []
+        for name in names:
+            parts = [cast(Int8Linear, self.get_submodule(f"{part}_{name}")) for part in ("input", "hidden")]
+            weights += [part.dequantize(flat.dtype) for part in parts]
+            weights += [part.bias.to(flat.dtype) for part in parts if part.bias is not None]
+        begun = tuple(torch.stack([state[kind] for state in states]).to(flat.dtype) for kind in range(2))
+        steps = flat.view(len(sizes), sizes[0], -1)
+        output, visible, held = torch._VF.lstm(steps, begun, weights, self.bias, 1, 0.0, False, len(names) > 1, False)  # type: ignore[attr-defined]
+        return list(output.flatten(0, 1).split(self.hidden_size, dim=-1)), list(zip(visible, held, strict=True))
 
     def _in_one_call(self, flat: Tensor, sizes: list[int], states: list[States], layers: list[Int8Linear]) -> bool:
         if (
