@@ -48,7 +48,20 @@ def test_the_readme_has_its_two_commands():
 def test_a_command_of_the_readme_runs(line, checkout):
     words = shlex.split(line)[3:]
     words = [part for word in words for part in ([str(p.relative_to(checkout)) for p in checkout.glob(word)] if "*" in word else [word])]
-    short = {"run": QUICK, "train": ["--set", "model.lstm-forecaster.training.steps=5"]}
+    short = {
+        "run": QUICK,
+        "train": ["--set", "model.lstm-forecaster.training.steps=5"],
+        "profile": ["--rounds", "1", "--new-tokens", "4", "--set", TEXTS],
+        "law": [
+            "--model",
+            "shape:llama-5m",
+            *(part for count in ("4", "16", "64") for part in ("--prompt", count)),
+            "--batch",
+            "1",
+            "--batch",
+            "2",
+        ],
+    }
     assert optkit(checkout, [*words, *short.get(words[0], [])])
 
 
