@@ -76,7 +76,7 @@ class Int8LSTM(PackedRecurrent, nn.LSTM):
             weights += [part.bias.to(flat.dtype) for part in parts if part.bias is not None]
         begun = tuple(torch.stack([state[kind] for state in states]).to(flat.dtype) for kind in range(2))
         steps = flat.view(len(sizes), sizes[0], -1)
-        output, visible, held = torch._VF.lstm(steps, begun, weights, self.bias, 1, 0.0, False, len(names) > 1, False)  # type: ignore[attr-defined]
+        output, visible, held = torch._VF.lstm(steps, begun, weights, self.bias, 1, 0.0, False, len(names) > 1, False)
         return list(output.flatten(0, 1).split(self.hidden_size, dim=-1)), list(zip(visible, held, strict=True))
 
     def _in_one_call(self, flat: Tensor, sizes: list[int], states: list[States], layers: list[Int8Linear]) -> bool:

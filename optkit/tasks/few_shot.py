@@ -23,7 +23,7 @@ from optkit.data.sides import Sides
 from optkit.tasks.contract import DataCard, Task
 from optkit.tasks.likelihood import beginning, encoded, likelihoods
 from optkit.tasks.lm_eval_tasks import answers_right
-from optkit.tasks.windows import cut, spread, stream_of
+from optkit.tasks.windows import cut, prompts_of, spread, stream_of
 
 _KEPT = "choices.safetensors"
 
@@ -111,11 +111,8 @@ class FewShot(Task):
 
     def prompts(self, subject: Subject, count: int, length: int) -> Tensor:
         """Return stretches of examples; for a subject without a tokenizer, random ids from a fixed seed."""
-        if subject.tokenizer is None:
-            vocabulary: int = subject.module.config.vocab_size  # type: ignore[union-attr,assignment]
-            return torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
-        windows = cut(stream_of(subject.tokenizer, ["".join(item.example for item in self.sides.evaluation)]), length, None)
-        return spread(windows.repeat(-(-count // len(windows)), 1), count)
+        text = "" if subject.tokenizer is None else "".join(item.example for item in self.sides.evaluation)
+        return prompts_of(subject, lambda: stream_of(subject.tokenizer, [text]), count, length)
 
     def _chosen(self, subject: Subject, engine: Any, item: Choice) -> list[int]:
         """Return the number of the most likely option after each number of examples."""

@@ -21,7 +21,7 @@ from optkit.core.subject import Calibration, Kind, Subject
 from optkit.data.documents import Corpus, file_corpus, files_of, hub_corpus, python_corpus
 from optkit.tasks.answers import Answers, kept_positions
 from optkit.tasks.contract import DataCard, Task
-from optkit.tasks.windows import cut, refuse_unknown_tokens, spread, stream_of
+from optkit.tasks.windows import cut, prompts_of, refuse_unknown_tokens, spread, stream_of
 
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 _PROMPTS, _PROMPT_TOKENS, _CONTINUED_TOKENS = 16, 64, 48
@@ -130,11 +130,7 @@ class LanguageModeling(Task):
 
     def prompts(self, subject: Subject, count: int, length: int) -> Tensor:
         """Return beginnings of evaluation windows; for a subject without a tokenizer, random ids from a fixed seed."""
-        if subject.tokenizer is None:
-            vocabulary: int = subject.module.config.vocab_size  # type: ignore[union-attr,assignment]
-            return torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
-        windows = cut(self._stream(subject, "evaluation"), length, None)
-        return spread(windows.repeat(-(-count // len(windows)), 1), count)
+        return prompts_of(subject, lambda: self._stream(subject, "evaluation"), count, length)
 
     def _continue(self, subject: Subject, engine: Any, group: Group) -> Tensor:
         prompts = self.prompts(subject, _PROMPTS, _PROMPT_TOKENS)

@@ -21,7 +21,7 @@ from optkit.data.sides import Side, Sides, parted, stretched
 from optkit.tasks.answering import mean_of, predictions
 from optkit.tasks.language_modeling import TextFiles
 from optkit.tasks.supervised import Examples, Supervised, logits_of
-from optkit.tasks.windows import cut, refuse_unknown_tokens, spread, stream_of
+from optkit.tasks.windows import cut, prompts_of, refuse_unknown_tokens, spread, stream_of
 
 Count = Annotated[int, Field(ge=2, le=1_000_000)]
 _FEW = 32  # documents, which are cut instead of parted
@@ -154,11 +154,7 @@ class TextGeneration(Supervised):
 
     def prompts(self, subject: Subject, count: int, length: int) -> Tensor:
         """Return beginnings of evaluated text; for a subject without a tokenizer, random ids from a fixed seed."""
-        if subject.tokenizer is None:
-            vocabulary: int = subject.module.config.vocab_size  # type: ignore[union-attr,assignment]
-            return torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
-        windows = cut(stream_of(subject.tokenizer, self.sides.evaluation), length, None)
-        return spread(windows.repeat(-(-count // len(windows)), 1), count)
+        return prompts_of(subject, lambda: stream_of(subject.tokenizer, self.sides.evaluation), count, length)
 
     @cached_property
     def _kept(self) -> dict[Side, tuple[Any, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,3 +50,12 @@ def spread(windows: Tensor, count: int) -> Tensor:
     if len(windows) <= count:
         return windows
     return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+
+
+def prompts_of(subject: Subject, stream: Callable[[], Tensor], count: int, length: int) -> Tensor:
+    """Return (count, length) ids from all over a stream; for a subject without a tokenizer, random ids from a fixed seed."""
+    if subject.tokenizer is None:
+        vocabulary: int = subject.module.config.vocab_size  # type: ignore[union-attr,assignment]
+        return torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+    windows = cut(stream(), length, None)
+    return spread(windows.repeat(-(-count // len(windows)), 1), count)
