@@ -50,6 +50,10 @@ QUICKER = {
     "llama-135m-pipeline2": ("measure.latency.batch_sizes=[1, 4]",),
     "llama-1b-offload": ("transforms.0.offload.host_memory=300KB",),
     "composed": ("transforms.2.distill.steps=2",),
+    "assistant-int4": (
+        "measure.assistant={requests: 8, prompt_tokens: [8, 12], new_tokens: [2, 4]}",
+        "measure.documents={documents: 2, together: 2, prompt_tokens: 16, new_tokens: 4}",
+    ),
 }
 FEW_ITEMS = {
     "translation-composed": ("task.translation.items=60",),

@@ -194,6 +194,12 @@ class Arm:
         self._waited_s += self._waits() - waited
         return times
 
+    def do_scenario(self, recipe: dict[str, Any], meter: str) -> dict[str, Any]:
+        """Serve a workload of a recipe, and return its numbers with the peak memory of this process meanwhile."""
+        forget_peak(self._device)
+        found = recipe_from_dict(recipe).measure[meter].serve(self._arm())  # type: ignore[attr-defined]
+        return {"values": found, "peak_bytes": peak_bytes(self._device)}
+
     def do_profile(self, prompt_tokens: int, new_tokens: int, batch_size: int, rounds: int) -> dict[str, Any]:
         """Return where the time of requests to the opened subject goes."""
         return asdict(profile(self._arm(), prompt_tokens, new_tokens, batch_size, rounds))

@@ -17,6 +17,7 @@ from optkit.core.subject import GENERATING, Kind, Subject
 from optkit.harness.workloads import supervised, task_for
 from optkit.kernels.native import refuse_unknown_choice
 from optkit.measure.latency import Latency, sized
+from optkit.measure.scenarios import scenarios_of
 from optkit.models.artefact import distinct_tensors
 from optkit.models.networks import Network
 from optkit.models.sources import fresh, outline_model, reference_tokenizer
@@ -74,6 +75,7 @@ def check_recipe(recipe: Recipe, name: str, trust_remote_code: bool = False) -> 
     if outline.mesh.size > 1 and recipe.device != "cpu":
         message = f"{outline.mesh.size} processes of one arm meet on the CPU alone so far; set device to cpu, or leave their step out"
         problems.append(Problem(line_of(name, ("device",)), "device", message))
+    problems += _scenarios(recipe, name, outline)
     if problems:
         raise ProblemsError(name, problems)
     return Checked(outline, task, weights * _ARTEFACTS_BYTES + _SPARE_BYTES)
@@ -147,6 +149,13 @@ def _metrics(recipe: Recipe, name: str, task: Task, kind: Kind) -> Iterator[Prob
             yield Problem(line_of(name, ("limits", metric)), f"limits.{metric}", message)
 
 
+def _scenarios(recipe: Recipe, name: str, outline: Subject) -> Iterator[Problem]:
+    for meter in scenarios_of(recipe.measure):
+        if outline.kind != "causal-lm" or outline.mesh.size > 1:
+            message = "serves requests that one causal language model goes on with, in one process"
+            yield Problem(line_of(name, ("measure", meter)), f"measure.{meter}", message)
+
+
 def _compared(recipe: Recipe, task: Task, kind: Kind) -> list[str]:
     """Return the names of all metrics for which a report has the ratio to the baseline."""
     names = ["artefact_bytes", "weight_bytes_per_token"]
@@ -158,6 +167,7 @@ def _compared(recipe: Recipe, task: Task, kind: Kind) -> list[str]:
         names.append("peak_memory_bytes")
         if any(step.stage is Stage.PARALLEL for step in recipe.transforms):
             names.append("peak_rank_memory_bytes")
+    names += [metric for meter in scenarios_of(recipe.measure).values() for metric in meter.units()]
     if "quality" in recipe.measure:
         names += [metric.name for metric in task.metrics() if not metric.relative]
     return names

@@ -66,7 +66,7 @@ def data_digest(recipe: Recipe) -> str | None:
     """
     corpus = getattr(recipe.task, "corpus", None)
     if isinstance(recipe.task, Supervised):
-        patterns = getattr(corpus, "files", None) or [getattr(corpus, "file", None)]
+        patterns = getattr(corpus, "files", None) or [getattr(corpus, key, None) for key in ("file", "source_file", "target_file")]
         patterns = [pattern for pattern in patterns if pattern]
     else:
         patterns = corpus.files if isinstance(corpus, TextFiles) else [corpus] if isinstance(corpus, str) and corpus != "python" else []

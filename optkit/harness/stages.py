@@ -19,12 +19,13 @@ from optkit.harness.hosts import HERE, Hosts
 from optkit.harness.processes import LazyWorkers, Workers
 from optkit.harness.trial import Schedule, take_turns
 from optkit.measure.latency import Latency
+from optkit.measure.scenarios import scenarios_of
 from optkit.models.artefact import MANIFEST
 from optkit.recipe.schema import Recipe
 
 BASELINE, OPTIMIZED, AGAIN, STEP, ONE = "baseline", "optimized", "baseline-again", "step-", "one-process"
 _REFERENCES = ("bfloat16", "float32")
-_QUALITY = "quality-"
+_QUALITY, _SCENARIO = "quality-", "scenario-"
 _ALWAYS = (BASELINE, OPTIMIZED, AGAIN)
 _RUNTIME_BYTES = 600 * 2**20  # Python with its libraries in each process, and what a request takes
 _SPARE_BYTES = _MOST_SWEPT_BYTES = 2**30  # more than caches hold
@@ -75,11 +76,23 @@ class Stages:
                 for stage in self._measuring(baseline, references)
                 if stage.startswith(_QUALITY)
             }
+            served = {
+                meter: self._folder.stage(f"{_SCENARIO}{meter}", partial(self._serve, arms, meter))
+                for meter in scenarios_of(self._recipe.measure)
+            }
             sizes = self._folder.stage("sizes", lambda: {name: self._size(name) for name in names if name not in (AGAIN, ONE)})
         notes = list(optimized.get("notes", []))
         if left_out:
             notes.append(f"left out, as the memory of this machine does not hold all arms at once: {', '.join(left_out)}")
-        return {"baseline": baseline, "artefacts": sizes, "timing": timing, "opened": opened, "quality": quality, "notes": notes}
+        return {
+            "baseline": baseline,
+            "artefacts": sizes,
+            "timing": timing,
+            "opened": opened,
+            "quality": quality,
+            "scenarios": served,
+            "notes": notes,
+        }
 
     def prepared(self) -> list[str]:
         """Save the artefacts of baseline and result, and return the names of these arms; without transforms there is the baseline alone.
@@ -103,7 +116,8 @@ class Stages:
         """Return the names of the stages that need the arms to be open, in order; the baseline is judged before the others."""
         judged = "quality" in self._recipe.measure and baseline["card"] is not None
         quality = [f"{_QUALITY}{name}" for name in (BASELINE, OPTIMIZED, *references) if name != ONE] if judged else []
-        return [*(f"timing-{size}" for size in self._sizes()), "opened", *quality]
+        served = [f"{_SCENARIO}{meter}" for meter in scenarios_of(self._recipe.measure)]
+        return [*(f"timing-{size}" for size in self._sizes()), "opened", *quality, *served]
 
     def _unaffordable(self, names: list[str], ranks: dict[str, int]) -> list[str]:
         """Return the last of the names, those that memory does not hold beside the others; never baseline, result and noise."""
@@ -181,6 +195,15 @@ class Stages:
             shutil.rmtree(answers, ignore_errors=True)  # of a stage that was interrupted
             with files.build_folder(answers) as aside:
                 return arms[name].ask("evaluate", reference=None, keep=str(aside))
+
+    def _serve(self, arms: dict[str, Workers], meter: str) -> Any:
+        """Let each arm serve a workload, the baseline a second time at the end, so that its noise is known."""
+        found = {}
+        for name in (BASELINE, OPTIMIZED, AGAIN):
+            self._progress(f"{meter}: {name}", None)
+            with arms[name].awake():
+                found[name] = arms[name].ask("scenario", recipe=self._plain, meter=meter)
+        return found
 
     def _timing(self, arms: dict[str, Workers], size: int, kind: str) -> Any:
         meter = self._recipe.measure["latency"]

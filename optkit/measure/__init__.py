@@ -11,6 +11,8 @@ METERS: Registry[Meter] = Registry(
         "latency": "optkit.measure.latency:Latency",
         "memory": "optkit.measure.memory:Memory",
         "quality": "optkit.measure.quality:Quality",
+        "assistant": "optkit.measure.scenarios:Assistant",
+        "documents": "optkit.measure.scenarios:Documents",
     },
 )
 
