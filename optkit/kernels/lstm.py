@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from optkit.kernels.int8 import Int8Linear
 from optkit.kernels.recurrent import PackedRecurrent, States
 
-_MANY = 8  # sequences, from which on products are bound by arithmetic
+_MANY = 8  # sequences, from which on products are bound by arithmetic; and steps, over which making floats of the weights pays
 
 
 class PassStruct(ctypes.Structure):
@@ -45,7 +45,7 @@ class Int8LSTM(PackedRecurrent, nn.LSTM):
     def passes(self, flat: Tensor, sizes: list[int], states: list[States], names: list[str]) -> tuple[list[Tensor], list[States]]:
         """Go through time once for each of these places, together where the kernels take it; return outputs and last states of each."""
         hidden = [cast(Int8Linear, self.get_submodule(f"hidden_{name}")) for name in names]
-        if sizes[0] >= _MANY and sizes[0] == sizes[-1] and flat.is_cpu and not is_compiling():
+        if min(sizes[0], len(sizes)) >= _MANY and sizes[0] == sizes[-1] and flat.is_cpu and not is_compiling():
             return self._by_floats(flat, sizes, states, names)
         if not self._in_one_call(flat, sizes, states, hidden):
             return super().passes(flat, sizes, states, names)
