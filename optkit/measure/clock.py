@@ -55,6 +55,11 @@ class StageClock:
             for handle in handles:
                 handle.remove()
 
+    def begin(self) -> None:
+        """Forget what has passed so far."""
+        self.seconds, self.events = {}, {}
+        self._last = time.perf_counter()
+
     def by_stage(self) -> dict[str, float]:
         """Return the seconds of each stage, of all blocks together."""
         found: dict[str, float] = {}

@@ -26,6 +26,7 @@ from optkit.measure.work import Forward, Work, work_of
 
 SAMPLING, GRAPH, _WAITING = "sampling", "compiled graph", "communication"
 _MOST_SWEPT_BYTES = 2**30
+_STEPS_A_PAIR = 4  # two untouched and two watched
 _MATRIX = 1536  # of the products that tell the peak
 
 
@@ -111,8 +112,13 @@ class _Watch:
         self.ticks_per_second = ticks_per_second()
         self.event_cost_s = event_cost_s()
 
-    def run(self, work: Callable[[], Any], sampled: bool = False) -> _Pair:
-        """Do a piece of work untouched, then watched; ``sampled`` also times the choice of the token."""
+    def run(self, work: Callable[[], Any], sampled: bool = False, warm: bool = True) -> _Pair:
+        """Do a piece of work untouched, then watched; ``sampled`` also times the choice of the token.
+
+        ``warm``: do it once right before each, as what follows a stop pays for cold caches and sleeping threads.
+        """
+        if warm:
+            work()
         plain = self._time(work, sampled)[0]
         native = isinstance(self._engine, NativeEngine)
         ticks = torch.zeros(len(NATIVE_STAGES), dtype=torch.int64)
@@ -120,6 +126,10 @@ class _Watch:
             self._engine.watch(ticks)
         clock = StageClock(self.module)
         with clock.running():
+            if warm:
+                work()
+                ticks.zero_()
+                clock.begin()
             watched, sampling = self._time(work, sampled)
         if native:
             self._engine.watch(None)
@@ -186,10 +196,9 @@ def _generation(arm: Opened, watch: _Watch, prompt_tokens: int, new_tokens: int,
     first: list[_Pair] = []
     later: list[_Pair] = []
     for _ in range(rounds):
-        first.append(watch.run(lambda: engine.prefill(request), sampled=True))
+        first.append(watch.run(lambda: engine.prefill(request), sampled=True, warm=False))
         step = partial(engine.step, engine.first(request))
-        step()  # the first one after a stop pays for cold caches
-        later += [watch.run(step, sampled=True) for _ in range(max(1, new_tokens // 2))]
+        later += [watch.run(step, sampled=True) for _ in range(max(1, new_tokens // _STEPS_A_PAIR))]
     engine.reset()
     past = length + new_tokens // 2 + 1  # half of the positions that the steps see
     return {
