@@ -27,8 +27,9 @@ _UNITS = {
     "peak": "FLOP/s",
     "score_rate": "FLOP/s",
 }
-_START = (1e-3, 2e-4, 1e10, 1e11, 8.0, 2e10, 1e10)
-_LEAST, _MOST = (1e-7, 1e-7, 1e8, 1e8, 1e-2, 1e7, 1e8), (1.0, 0.1, 1e13, 1e15, 1e4, 1e15, 1e14)
+_START = (1e-3, 2e-4, 1e10, 1e11, 4.0, 2e10, 1e10)
+# More than so many half_rows would stand for the bandwidth: few rows are slow for either reason, and the points cannot tell which.
+_LEAST, _MOST = (1e-7, 1e-7, 1e8, 1e8, 1e-2, 1e7, 1e8), (1.0, 0.1, 1e13, 1e15, 8.0, 1e15, 1e14)
 _ORDER = 4
 _DRAWS = 40
 Floats = NDArray[np.float64]

@@ -9,7 +9,7 @@ import pytest
 
 from optkit.measure.law import PARAMETERS, Law, Load, Point, errors, fit
 
-TRUE = dict(zip(PARAMETERS, (2e-4, 3e-5, 2e10, 1.5e11, 12.0, 4e10, 1.5e10), strict=True))
+TRUE = dict(zip(PARAMETERS, (2e-4, 3e-5, 2e10, 1.5e11, 3.0, 4e10, 1.5e10), strict=True))
 LAW = Law(TRUE, {name: (value, value) for name, value in TRUE.items()})
 
 
