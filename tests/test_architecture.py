@@ -151,6 +151,7 @@ def test_the_public_names_of_optkit_stay() -> None:
 
 def test_the_public_names_of_the_transforms_stay() -> None:
     classes = [
+        "ChunkedPrefill",
         "Compile",
         "DataParallel",
         "Distill",
@@ -168,6 +169,8 @@ def test_the_public_names_of_the_transforms_stay() -> None:
         "Nf4",
         "Offload",
         "PipelineParallel",
+        "PrefixCache",
+        "PromptLookup",
         "PruneChannels",
         "PruneFfn",
         "PruneHeads",

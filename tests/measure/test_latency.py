@@ -202,7 +202,7 @@ def test_settings_that_measure_nothing_are_refused(settings: dict[str, Any]) -> 
 
 
 def test_every_meter_is_registered_frozen_and_described() -> None:
-    assert list(METERS) == ["latency", "memory", "quality"]
+    assert list(METERS) == ["latency", "memory", "quality", "assistant", "documents"]
     for name in METERS:
         meter = METERS[name]()
         assert (type(meter).__doc__ or "").strip()

@@ -86,9 +86,20 @@ def test_a_shape_has_the_sizes_that_were_asked_for(family: Any) -> None:
     assert any(160 in shape for shape in sizes(outline).values())
 
 
-@pytest.mark.parametrize(("name", "millions"), [("llama-135m", 134.5), ("llama-1b", 1100.0), ("gpt2", 124.4), ("qwen2.5-0.5b", 494.0)])
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("llama-5m", 5.05),
+        ("llama-25m", 26.83),
+        ("llama-260m", 258.3),
+        ("llama-135m", 134.5),
+        ("llama-1b", 1100.0),
+        ("gpt2", 124.4),
+        ("qwen2.5-0.5b", 494.0),
+    ],
+)
 def test_a_named_shape_has_the_parameters_of_its_namesake(name: str, millions: float) -> None:
-    assert set(SHAPES) == {"llama-135m", "llama-1b", "gpt2", "qwen2.5-0.5b"}
+    assert set(SHAPES) == {"llama-5m", "llama-25m", "llama-260m", "llama-135m", "llama-1b", "gpt2", "qwen2.5-0.5b"}
     outline = outline_model(f"shape:{name}")
     assert sum(parameter.numel() for parameter in outline.module.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
     assert config_of(SHAPES[name]).vocab_size == SHAPES[name].vocabulary

@@ -66,7 +66,7 @@ def test_a_free_shape_is_read(read: Callable[..., Any]) -> None:
     ("text", "place", "words"),
     [
         ("model: refrence", "model", "unknown model 'refrence'; did you mean 'reference'?"),
-        ("model: gpt2", "model", "unknown model 'gpt2'; did you mean 'shape:gpt2'?"),
+        ("model: llama-1b", "model", "unknown model 'llama-1b'; did you mean 'shape:llama-1b'?"),
         ("model: zzz", "model", "unknown model 'zzz'; use 'reference'"),
         (f"model: {'z' * 5000}", "model", "unknown model"),
         ("model: shape:llama-1bn", "model", "unknown shape 'llama-1bn'; did you mean 'llama-1b'?"),

@@ -39,4 +39,4 @@ def test_the_recipes_of_the_readme_are_there() -> None:
 def test_recipes_at_scale_need_no_download() -> None:
     models = [load_recipe(path).model for path in (FOLDER / "scale").glob("*.yaml")]
     assert len(models) >= 6
-    assert set(models) == {f"shape:{name}" for name in SHAPES}
+    assert set(models) <= {f"shape:{name}" for name in SHAPES}
