@@ -49,7 +49,7 @@ def engine_for(subject: Subject, part: Part | None = None) -> Engine | ForwardEn
     reuse = _reuse(subject)
     lookup = next((step.settings for step in subject.history if step.name == "prompt_lookup"), None)
     if lookup is not None:
-        return SpeculativeEngine(subject.module, **lookup, **{name: reuse[name] for name in reuse if name != "least"})
+        return SpeculativeEngine(subject.module, **lookup, **reuse)
     if backend is None and reuse:
         return ReusingEngine(subject.module, **reuse)
     if backend is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from optkit.core.device import place_of
+from optkit.core.errors import TransformError
 from optkit.engines.eager import at, at_host, cache_name
 from optkit.engines.greedy import Greedy
 from optkit.engines.held import held_bytes
@@ -25,7 +26,12 @@ class Seq2SeqEngine(Greedy):
         self.device = place_of(module)
         self.cache: Any = None
         self._encoder = module.get_encoder()
-        self._start = int(module.generation_config.decoder_start_token_id)
+        start = module.generation_config.decoder_start_token_id
+        if start is None:
+            raise TransformError(
+                f"the configuration of {type(module).__name__} does not say which token begins an answer: decoder_start_token_id"
+            )
+        self._start = int(start)
         self._cache_name = cache_name(module)
         self._request: dict[str, Any] = {}
 

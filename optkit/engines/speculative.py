@@ -19,13 +19,15 @@ from optkit.engines.reusing import ReusingEngine, refusal
 class SpeculativeEngine(ReusingEngine):
     """Generates like ``EagerEngine``, for one sequence with guesses. ``guessed`` and ``accepted`` count tokens, ``forwards`` the checks."""
 
-    def __init__(self, module: nn.Module, tokens: int = 6, longest_match: int = 3, chunk: int | None = None, entries: int = 0) -> None:
+    def __init__(
+        self, module: nn.Module, tokens: int = 6, longest_match: int = 3, chunk: int | None = None, entries: int = 0, least: int = 16
+    ) -> None:
         """Take a causal language model, how many tokens are guessed at once, and how many last ones a guess stands on at most.
 
         Raises:
             TransformError: its cache cannot be cut back where a guess was wrong.
         """
-        super().__init__(module, chunk, entries)
+        super().__init__(module, chunk, entries, least)
         reason = refusal(module)
         if reason is not None:
             raise TransformError(reason)

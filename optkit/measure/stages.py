@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from statistics import mean
 from typing import Any
@@ -49,7 +49,6 @@ class Phase:
     sum_ms: float
     watched_ms: float
     stages: Mapping[str, StageTime]
-    counters: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class Profile:
     ticks_per_second: float | None
     read_bytes_per_second: float
     peak_flops: Mapping[str, float]
+    counted: Mapping[str, float]  # over one whole request: of this thread and those that it starts; joules are those of the whole processor
     unavailable: Mapping[str, str]
 
 
@@ -79,17 +79,16 @@ def profile(arm: Opened, prompt_tokens: int, new_tokens: int, batch_size: int, r
         length = max((tensor.shape[1] for tensor in batch.values() if tensor.ndim > 1), default=1)
         arm.engine.forward(batch)
         pairs = [watch.run(lambda: arm.engine.forward(batch)) for _ in range(rounds)]
+        whole: Callable[[], Any] = partial(arm.engine.forward, batch)
         phases = {"forward": watch.phase(pairs, work_of(arm.subject.module, Forward(batch_size, length, only_last=False)))}
     else:
         phases = _generation(arm, watch, prompt_tokens, new_tokens, batch_size, rounds)
-    counters = Counters()
-    unavailable = {"core cycles, instructions, cache misses": counters.unavailable} if counters.unavailable else {}
-    counters.close()
-    reason = energy_joules()[1]
-    unavailable |= {"energy": reason} if reason else {}
+        prompts = _request(arm, prompt_tokens, batch_size)
+        whole = partial(_write, arm.engine, prompts, new_tokens)
+    counted, unavailable = _counted(whole)
     unavailable |= {} if watch.ticks_per_second else {"cycles": "the time-stamp counter is read by optkit's kernels, and they are not here"}
     swept = min(weight_bytes_per_token(arm.subject.module), _MOST_SWEPT_BYTES)
-    return Profile(phases, watch.ticks_per_second, read_bandwidth(swept), _peaks(), unavailable)
+    return Profile(phases, watch.ticks_per_second, read_bandwidth(swept), _peaks(), counted, unavailable)
 
 
 @dataclass(frozen=True)
@@ -183,13 +182,8 @@ def _share(pair: _Pair, key: tuple[str, int | None]) -> float:
 
 def _generation(arm: Opened, watch: _Watch, prompt_tokens: int, new_tokens: int, batch_size: int, rounds: int) -> dict[str, Phase]:
     engine, module = arm.engine, arm.subject.module
-    request: Any
-    if arm.subject.kind == "causal-lm":
-        request = arm.task.prompts(arm.subject, batch_size, prompt_tokens)
-        length = prompt_tokens
-    else:
-        request = arm.task.batch(arm.subject, batch_size)
-        length = request["input_ids"].shape[1]
+    request = _request(arm, prompt_tokens, batch_size)
+    length = prompt_tokens if arm.subject.kind == "causal-lm" else request["input_ids"].shape[1]
     tokens = engine.first(request)
     for _ in engine.further(tokens, 2):
         pass
@@ -205,6 +199,32 @@ def _generation(arm: Opened, watch: _Watch, prompt_tokens: int, new_tokens: int,
         "prefill": watch.phase(first, work_of(module, Forward(batch_size, length))),
         "decode": watch.phase(later, work_of(module, Forward(batch_size, 1, past))),
     }
+
+
+def _request(arm: Opened, prompt_tokens: int, batch_size: int) -> Any:
+    causal = arm.subject.kind == "causal-lm"
+    return arm.task.prompts(arm.subject, batch_size, prompt_tokens) if causal else arm.task.batch(arm.subject, batch_size)
+
+
+def _write(engine: Any, request: Any, new_tokens: int) -> None:
+    for _ in engine.further(engine.first(request), new_tokens - 1):
+        pass
+    engine.reset()
+
+
+def _counted(work: Callable[[], Any]) -> tuple[dict[str, float], dict[str, str]]:
+    """Return what the processor counts while the work is done once, and of what it does not tell, why."""
+    counters = Counters()
+    before, why = energy_joules()
+    with counters.counting():
+        work()
+    after, _ = energy_joules()
+    counters.close()
+    found: dict[str, float] = {name: float(value) for name, value in counters.values.items()}
+    if before is not None and after is not None:
+        found["joules"] = after - before
+    unavailable = {"core cycles, instructions, cache misses": counters.unavailable} if counters.unavailable else {}
+    return found, unavailable | ({"energy": why} if why else {})
 
 
 @torch.inference_mode()

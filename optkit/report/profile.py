@@ -29,6 +29,7 @@ class ArmProfile:
     ticks_per_second: float | None
     read_bytes_per_second: float
     peak_flops: Mapping[str, float]
+    counted: Mapping[str, float]
     unavailable: Mapping[str, str]
 
     @classmethod
@@ -57,6 +58,7 @@ class ProfileReport:
         lines = [f"# {self.name}", "", f"- {self.model}; {sizes}; {self.environment['cpu']}, threads {self.environment['threads']}"]
         for arm in self.arms:
             lines.append(f"- {arm.name}: {arm.dtype}, {arm.parameters:,} parameters; {arm.engine}")
+            lines += [f"- {arm.name}, a whole request: {name.replace('_', ' ')} {value:,.0f}" for name, value in arm.counted.items()]
         for what, why in self.arms[0].unavailable.items():
             lines.append(f"- unavailable: {what}: {why}")
         for arm in self.arms:

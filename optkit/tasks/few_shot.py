@@ -65,7 +65,7 @@ class FewShot(Task):
     def card(self, subject: Subject) -> DataCard:
         """Describe the questions."""
         if isinstance(self.corpus, HarnessTasks):
-            detail = {"shots": " ".join(map(str, self.shots))}
+            detail = {"shots": " ".join(map(str, self.shots)), "digest": "of the names alone", "items": "at most"}
             names = ", ".join(self.corpus.lm_eval)
             digest = hashlib.sha256(f"{names} {self.items}".encode()).hexdigest()
             return DataCard("few-shot", f"lm-evaluation-harness: {names}", digest, self.items * len(self.corpus.lm_eval), detail)

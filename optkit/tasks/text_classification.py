@@ -22,7 +22,7 @@ from optkit.data import tables
 from optkit.data.docstrings import by_package
 from optkit.data.documents import files_of
 from optkit.data.hub import hub_rows
-from optkit.data.sides import Labelled, Side, Sides, parted
+from optkit.data.sides import SIDES, Labelled, Side, Sides, parted
 from optkit.tasks.classes import Score, counts, f1, precision, recall
 from optkit.tasks.naming import places_of
 from optkit.tasks.supervised import Examples, Supervised, logits_of
@@ -80,8 +80,8 @@ class TextClassification(Supervised):
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """The classes, sorted."""
-        return tuple(sorted({item.label for item in self.sides.training}))
+        """The classes of all sides, sorted: one that training never shows is answered wrongly, and counts."""
+        return tuple(sorted({item.label for side in SIDES for item in self.sides.of(side)}))
 
     def needs(self, tokenizer: Any) -> dict[str, Any]:
         """Return the number of token ids and of classes, and the longest text."""
@@ -89,7 +89,7 @@ class TextClassification(Supervised):
 
     def examples(self, side: Side, tokenizer: Any) -> Examples:
         """Return token ids (items, length) with their mask, and class numbers (items,)."""
-        items = [item for item in self.sides.of(side) if item.label in self.labels]
+        items = self.sides.of(side)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         found = tokenizer([item.text for item in items], padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")

@@ -19,7 +19,7 @@ from optkit.core.subject import Subject
 from optkit.data.columns import read_columns
 from optkit.data.documents import files_of
 from optkit.data.python_tokens import by_lexical_class
-from optkit.data.sides import Side, Sides, Tagged, parted
+from optkit.data.sides import SIDES, Side, Sides, Tagged, parted
 from optkit.tasks.classes import Counts, Score, f1, precision, recall
 from optkit.tasks.naming import places_of
 from optkit.tasks.supervised import Examples, Supervised, logits_of
@@ -59,8 +59,8 @@ class TokenClassification(Supervised):
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """The tags, sorted."""
-        return tuple(sorted({tag for item in self.sides.training for tag in item.tags}))
+        """The tags of all sides, sorted: one that training never shows is answered wrongly, and counts."""
+        return tuple(sorted({tag for side in SIDES for item in self.sides.of(side) for tag in item.tags}))
 
     @cached_property
     def entity_kinds(self) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ class TokenClassification(Supervised):
                 if place + len(piece) + len(end) > self.length or not piece:
                     break
                 ids[row, place : place + len(piece)] = torch.tensor(piece)
-                answers[row, place] = numbers.get(tag, _IGNORED)
+                answers[row, place] = numbers[tag]
                 place += len(piece)
             ids[row, place : place + len(end)] = torch.tensor(end, dtype=torch.long)
             mask[row, : place + len(end)] = 1

@@ -11,7 +11,7 @@ import torch
 from optkit.core.subject import Step, Subject
 from optkit.engines import engine_for
 from optkit.kernels.native import native
-from optkit.measure.clock import EMBEDDING, FEED_FORWARD, FRAMEWORK, HEAD, NORMS, PROJECTIONS, SCORES, StageClock, event_cost_s, stages_of
+from optkit.measure.clock import EMBEDDING, FEED_FORWARD, FRAMEWORK, HEAD, NORMS, PROJECTIONS, SCORES, StageClock, stages_of
 from optkit.measure.contract import Opened
 from optkit.measure.counters import Counters, energy_joules, ticks_per_second
 from optkit.measure.stages import SAMPLING, profile
@@ -77,14 +77,9 @@ def test_a_profile_names_the_stages_of_first_and_later_tokens(subject: Subjects,
     for phase in found.phases.values():
         assert {EMBEDDING, PROJECTIONS, SCORES, FEED_FORWARD, NORMS, HEAD, SAMPLING, FRAMEWORK} == set(phase.stages)
         assert phase.sum_ms == pytest.approx(sum(stage.ms for stage in phase.stages.values()))
-        assert 0.3 < phase.sum_ms / phase.total_ms < 3  # on a busy machine; a profile by itself is held to 5 % where it is read
     assert found.phases["decode"].stages[FEED_FORWARD].bytes > 0 and found.read_bytes_per_second > 0
     assert len(found.phases["prefill"].stages[FEED_FORWARD].blocks_ms) == 3
     assert all(reason for reason in found.unavailable.values())
-
-
-def test_watching_costs_microseconds_that_are_known() -> None:
-    assert 0 <= event_cost_s(300) < 1e-4
 
 
 def test_ticks_run_as_fast_as_a_processor(tiny_llama: Any) -> None:

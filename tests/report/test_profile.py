@@ -23,7 +23,7 @@ def stage(ms: float, flops: float = 1e6, read: float = 4e6) -> dict[str, Any]:
 def profile() -> ProfileReport:
     phase = {"total_ms": 3.0, "sum_ms": 2.9, "watched_ms": 3.3, "stages": {"feed-forward": stage(2.0), "framework": stage(0.9, 0, 0)}}
     told = {"phases": {"prefill": phase, "decode": phase}, "ticks_per_second": 2e9, "read_bytes_per_second": 1e10}
-    found = told | {"peak_flops": {"float32": 1e11}, "unavailable": {"energy": "no counters"}}
+    found = told | {"peak_flops": {"float32": 1e11}, "counted": {"core_cycles": 5e6}, "unavailable": {"energy": "no counters"}}
     arm = ArmProfile.of("baseline", {"engine": None, "dtype": "float32", "parameters": 1000}, found)
     return ProfileReport("own", "reference", {"prompt_tokens": 8}, FACTS, (arm,))
 
@@ -37,6 +37,7 @@ def test_a_profile_in_json_has_phases_with_stages(profile: ProfileReport) -> Non
 def test_a_profile_in_markdown_has_the_sum_and_what_could_not_be_read(profile: ProfileReport, tmp_path: Path) -> None:
     write_profile(profile, tmp_path)
     text = (tmp_path / "table.md").read_text()
+    assert "baseline, a whole request: core cycles 5,000,000" in text
     assert "unavailable: energy: no counters" in text and "the untouched whole 3.000 ms (-3.3%)" in text and "69%" in text
     picture = (tmp_path / "stages.svg").read_text()
     assert "share of the time, %" in picture and "feed-forward" in picture and "baseline, decode" in picture
