@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from optkit.core.errors import DataError
+from optkit.data.reading import lines_of
 from optkit.data.sides import Tagged
 
 _DOCUMENT = "-DOCSTART-"
@@ -17,12 +18,7 @@ def read_columns(path: Path, word: int, tag: int) -> Iterator[Tagged]:
     Raises:
         DataError: a line has too few columns, or the file is not UTF-8 text.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    lines = lines_of(path)
     words: list[tuple[str, str]] = []
     for number, line in enumerate([*lines, ""], 1):
         parts = line.split()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from optkit.core.errors import DataError
+from optkit.data.reading import text_of
 from optkit.data.tables import Row
 
 
@@ -43,11 +44,7 @@ def squad_questions(path: Path) -> list[Question]:
         DataError: it cannot be read, is no JSON, or has not the form of SQuAD; the place in it is told.
     """
     try:
-        whole = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+        whole = json.loads(text_of(path))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is no JSON: {error}") from None
     return list(_questions(path, whole))

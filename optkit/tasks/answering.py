@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -197,17 +196,3 @@ def asked(name: str, found: Sequence[tuple[str, str, tuple[str, ...]]]) -> Sides
         if not text.strip() or not answers or not all(answer.strip() for answer in answers):
             raise DataError(f"{where} has an empty {'answer' if text.strip() else 'text'}")
     return parted(name, [(text, Asked(text, answers)) for _, text, answers in found])
-
-
-def lines_of(path: Path) -> list[str]:
-    """Return the lines of a text file, without their ends.
-
-    Raises:
-        DataError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        return path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -13,8 +13,9 @@ from optkit.core.measurement import Array, Metric, Samples
 from optkit.core.settings import Settings
 from optkit.data.documents import files_of
 from optkit.data.numbers import numbers_and_words
+from optkit.data.reading import lines_of
 from optkit.data.sides import Asked, Sides
-from optkit.tasks.answering import Answering, PairFiles, PairHub, asked, lines_of, mean_of, pairs_of, predictions
+from optkit.tasks.answering import Answering, PairFiles, PairHub, asked, mean_of, pairs_of, predictions
 
 
 class ParallelFiles(Settings):
