@@ -32,6 +32,18 @@ def one_thread_and_a_seed() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compute with packed layers in plain PyTorch."""
+    from optkit.kernels import native
+
+    with monkeypatch.context() as patch:
+        patch.setenv("OPTKIT_KERNELS", "torch")
+        native.forget()
+        yield
+    native.forget()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quiet_transformers() -> None:
     """Keep remarks about special tokens beyond a tiny vocabulary out of the output."""

@@ -60,10 +60,11 @@ def sources_by_side() -> Sides[str]:
     return sides.checked()
 
 
-def installed_packages() -> list[Path]:
-    """Return the source files of all installed packages, sorted by name."""
+def installed_packages(tests: bool = True) -> list[Path]:
+    """Return the source files of all installed packages, sorted by name; with or without their tests."""
     roots = {Path(sysconfig.get_paths()[key]) for key in ("purelib", "platlib")}
-    return sorted(path for root in roots for path in root.rglob("*.py") if "optkit" not in path.relative_to(root).parts[:1])
+    found = ((path, path.relative_to(root)) for root in roots for path in root.rglob("*.py"))
+    return sorted(path for path, name in found if name.parts[0] != "optkit" and (tests or not is_test(name)))
 
 
 def is_held_out(relative: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar, get_args
 
@@ -59,16 +59,19 @@ class Window:
 
 @dataclass(frozen=True)
 class Sides(Generic[T]):
-    """The items of each side, in order."""
+    """The items of each side, in order. ``further`` reads more to learn from, when that side is asked for first."""
 
     name: str
     training: list[T] = field(default_factory=list)
     validation: list[T] = field(default_factory=list)
     calibration: list[T] = field(default_factory=list)
     evaluation: list[T] = field(default_factory=list)
+    further: list[Callable[[], Iterable[T]]] = field(default_factory=list)
 
     def of(self, side: Side) -> list[T]:
         """Return the items of a side."""
+        while side == "training" and self.further:
+            self.training.extend(self.further.pop()())
         found: list[T] = getattr(self, side)
         return found
 
@@ -85,9 +88,9 @@ class Sides(Generic[T]):
         Raises:
             DataError: one of them has nothing.
         """
-        empty = [side for side in SIDES if not self.of(side)]
-        if empty:
-            counts = ", ".join(f"{side} {len(self.of(side))}" for side in SIDES)
+        sizes: dict[Side, int] = {side: len(getattr(self, side)) for side in SIDES}
+        if not all(sizes.values()):
+            counts = ", ".join(f"{side} {size}" for side, size in sizes.items())
             raise DataError(f"corpus {self.name!r} has too little for four sides ({counts}); give more")
         return self
 

@@ -7,6 +7,7 @@ CUDA a 2:4 pattern in half precision runs on the units for it.
 from __future__ import annotations
 
 import ctypes
+import warnings
 from typing import Any, ClassVar, Self
 
 import torch
@@ -75,7 +76,9 @@ def semi_structured(weight: Tensor) -> Tensor:
     """Return the weight as PyTorch's semi-structured tensor, whose products skip half of the arithmetic (torch.sparse, documentation)."""
     from torch.sparse import to_sparse_semi_structured
 
-    return to_sparse_semi_structured(weight)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor is in prototype stage")
+        return to_sparse_semi_structured(weight)
 
 
 class SparseLinear(PackedLinear):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -20,11 +20,15 @@ class Summarization(Answering):
     corpus: Literal["functions"] | PairFiles | PairHub = Field(
         default="functions", description="'functions' are those of the standard library, with the first line of what they say of themselves"
     )
+    packages: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="files of installed packages, evenly spread, whose functions are learnt from as well; nothing is judged by them",
+    )
     text_tokens: Length = Field(default=192, description="tokens of a text, at most")
 
     def read(self) -> Sides[Asked]:
         """Return the texts with their summaries."""
-        return bodies_with_summaries() if isinstance(self.corpus, str) else pairs_of(self.corpus)
+        return bodies_with_summaries(self.packages) if isinstance(self.corpus, str) else pairs_of(self.corpus)
 
     def scores(self, given: str, item: Asked) -> dict[str, Any]:
         """Return each ROUGE's F-measure, and by how many words the length is off."""

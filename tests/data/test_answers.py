@@ -120,3 +120,15 @@ def test_faults_of_squad_files_are_told_with_their_place(tmp_path: Path, content
     path.write_bytes(content)
     with pytest.raises(DataError, match=told):
         squad_questions(path)
+
+
+def test_functions_of_packages_are_learnt_from_and_never_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = bodies_with_summaries()
+    known = plain.evaluation[0]
+    source = f'def new(x):\n    """Return what is new here."""\n    return x\n\n\ndef old():\n    """{known.answers[0]}"""\n    return 1\n'
+    (tmp_path / "package.py").write_text(source)
+    monkeypatch.setattr("optkit.data.functions.installed_packages", lambda tests: [tmp_path / "package.py"])
+    more = bodies_with_summaries(1)
+    assert more.evaluation == plain.evaluation and more.calibration == plain.calibration
+    added = more.of("training")[len(plain.training) :]
+    assert [item.answers for item in added] == [("Return what is new here.",)]

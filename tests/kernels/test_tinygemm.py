@@ -27,6 +27,7 @@ def test_its_scales_and_zeros_mean_the_same_weight() -> None:
 
 @pytest.mark.gpu
 @needs_cuda
+@pytest.mark.usefixtures("without_kernels")
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_a_layer_on_cuda_agrees_with_the_reference_and_comes_back_unchanged(group: int) -> None:
     layer = Int4Linear.from_weight(torch.randn(264, 512), torch.randn(264), group)
@@ -46,6 +47,7 @@ def test_a_layer_on_cuda_agrees_with_the_reference_and_comes_back_unchanged(grou
 
 @pytest.mark.gpu
 @needs_cuda
+@pytest.mark.usefixtures("without_kernels")
 def test_int8_on_cuda_agrees_with_the_reference() -> None:
     layer = Int8Linear.from_weight(torch.randn(100, 192))
     x = torch.randn(7, 192)
