@@ -155,6 +155,7 @@ def test_the_public_names_of_the_transforms_stay() -> None:
         "Compile",
         "DataParallel",
         "Distill",
+        "Draft",
         "DropLayers",
         "Dtype",
         "Ensemble",

@@ -84,7 +84,8 @@ def subject_of(network: str) -> Subject:
 @cache
 def outcome(transform: str, network: str) -> str | None:
     """Return why a transform is refused on a network, or None where it works: the model answers as before in shape, with numbers."""
-    subject, data = subject_of(network), Calibration(batches(network))
+    subject = subject_of(network)
+    data = Calibration(batches(network), untouched=lambda: subject_of(network).module, open_model=lambda spec: subject_of(network).module)
     before = answer_of(subject.module, dict(data.batches[0]))
     step = TRANSFORMS[transform](**(SETTINGS.get(transform, {}) | OWN.get(network, {}).get(transform, {})))
     try:

@@ -9,6 +9,7 @@ from optkit.core.mesh import Mesh
 from optkit.core.subject import Subject
 from optkit.engines.compiled import CompiledEngine, CompiledForward
 from optkit.engines.contract import Engine, ForwardEngine
+from optkit.engines.drafting import DraftEngine
 from optkit.engines.eager import EagerEngine, EagerForward
 from optkit.engines.kv_cache import KvCacheEngine
 from optkit.engines.native import NativeEngine, refusal
@@ -46,6 +47,10 @@ def engine_for(subject: Subject, part: Part | None = None) -> Engine | ForwardEn
         return Seq2SeqEngine(subject.module)
     if subject.kind != "causal-lm":
         return EagerForward(subject.module) if backend is None else CompiledForward(subject.module)
+    draft = next((step.settings for step in subject.history if step.name == "draft"), None)
+    if draft is not None:
+        model, other = subject.module.members  # type: ignore[misc]
+        return DraftEngine(model, NativeEngine(other) if refusal(other) is None else EagerEngine(other), draft["tokens"])
     reuse = _reuse(subject)
     lookup = next((step.settings for step in subject.history if step.name == "prompt_lookup"), None)
     if lookup is not None:
@@ -82,7 +87,7 @@ def refusal_of_parts(subject: Subject, mesh: Mesh) -> str | None:
         reason = "no graph of torch.compile has sums over processes" if backend == "inductor" else refusal(subject.module)
         if reason is not None:
             return f"compiled steps cannot run on shards: {reason}; leave out compile"
-    own = sorted(names & {"prefix_cache", "chunked_prefill", "prompt_lookup"})
+    own = sorted(names & {"prefix_cache", "chunked_prefill", "prompt_lookup", "draft"})
     if mesh.parts > 1 and own:
         return f"a part of a model takes whole prompts; leave out {' and '.join(own)}"
     if mesh.parts > 1 and "offload" in names:
@@ -108,6 +113,9 @@ def _told(engine: Engine | ForwardEngine) -> str | None:
     if isinstance(engine, NativeEngine):
         kept = f", keys and values in {engine.cache_bits} bits" if engine.cache_bits else ""
         return f"steps of one token in one call of optkit's kernels, in float32{kept}; prompts by the model's own forward"
+    if isinstance(engine, DraftEngine):
+        way = "steps of optkit's kernels" if isinstance(engine.draft, NativeEngine) else "its own forward"
+        return f"the model's own forward, up to {engine.tokens} tokens guessed by another model's {way} and checked at once"
     if isinstance(engine, SpeculativeEngine):
         return f"the model's own forward, up to {engine.tokens} tokens guessed from the text and checked at once"
     if isinstance(engine, ReusingEngine):
@@ -128,6 +136,7 @@ def _told(engine: Engine | ForwardEngine) -> str | None:
 __all__ = [
     "CompiledEngine",
     "CompiledForward",
+    "DraftEngine",
     "EagerEngine",
     "EagerForward",
     "Engine",

@@ -72,6 +72,12 @@ class EagerEngine(Greedy):
         """Return the bytes of the request's keys and values."""
         return held_bytes(self.cache)
 
+    def rewind(self, positions: int) -> None:
+        """Forget all positions of the cache but the first."""
+        behind = positions - self.cache.get_seq_length()
+        if behind < 0:
+            self.cache.crop(behind)  # a negative number is what goes
+
     def reset(self) -> None:
         """Forget the cache."""
         self.cache = None

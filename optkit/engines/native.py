@@ -104,6 +104,10 @@ class NativeEngine(Greedy):
         """Return the bytes of the request's keys and values, the room for later positions included."""
         return held_bytes((self._decoder.keys, self._decoder.values)) if self._decoder is not None and self._batch else 0
 
+    def rewind(self, positions: int) -> None:
+        """Forget all positions of the cache but the first."""
+        self._position = min(self._position, positions)
+
     def reset(self) -> None:
         """Forget the cache."""
         self._batch = self._position = 0

@@ -39,7 +39,7 @@ def describe(module: nn.Module, folder: Path) -> None:
 
 
 def members_of(module: nn.Module) -> list[str]:
-    """Return the classes of an ensemble's members; none for any other module."""
+    """Return the classes of the models that stand side by side; none for any other module."""
     return [type(member).__name__ for member in _members(module)]
 
 
@@ -50,7 +50,7 @@ def as_described(module: nn.Module, network: Mapping[str, Any] | None = None) ->
             return rebuilt(network)
     members = [as_described(member) for member in _members(module)]
     if members and all(members):
-        return _together([member for member in members if member is not None])
+        return _together([member for member in members if member is not None], type(module).__name__)
     if not is_public(module):
         return None
     with torch.device("meta"):
@@ -72,7 +72,8 @@ def skeleton(folder: Path, structure: dict[str, Any], into: nn.Module | None) ->
         return _shortened(into, structure.get("lists", {}))
     if structure.get("members"):
         names = enumerate(structure["members"])
-        return _together([skeleton(folder / f"member-{number}", {"class": name, "pretrained": True}, None) for number, name in names])
+        parts = [skeleton(folder / f"member-{number}", {"class": name, "pretrained": True}, None) for number, name in names]
+        return _together(parts, structure["class"])
     config = read_config(folder) if structure["pretrained"] else None
     if config is not None:
         config.__dict__.pop("quantization_config", None)  # it speaks to other loaders; here optkit.json tells of the layers
@@ -93,10 +94,8 @@ def skeleton(folder: Path, structure: dict[str, Any], into: nn.Module | None) ->
 
 def tie_dense(module: nn.Module) -> None:
     """Tie the weights that the configuration says are one, unless packed layers share theirs."""
-    if any(getattr(layer, "tied", None) is not None for layer in module.modules()):
-        return
     for model in _members(module) or [module]:
-        if is_pretrained(model):
+        if is_pretrained(model) and all(getattr(layer, "tied", None) is None for layer in model.modules()):
             model.tie_weights()  # type: ignore[operator]
 
 
@@ -108,10 +107,11 @@ def _members(module: nn.Module) -> list[nn.Module]:
     return list(module.members) if isinstance(module, Members) else []
 
 
-def _together(members: list[nn.Module]) -> nn.Module:
+def _together(members: list[nn.Module], kind: str) -> nn.Module:
     from optkit.engines.ensemble import Members
+    from optkit.engines.variants import Variants
 
-    return Members(members)
+    return (Variants if kind == Variants.__name__ else Members)(members)
 
 
 def _shortened(module: nn.Module, lengths: dict[str, int]) -> nn.Module:

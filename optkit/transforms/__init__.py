@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from optkit.transforms.quantize.smoothquant import Smoothquant as Smoothquant
     from optkit.transforms.runtime.chunked_prefill import ChunkedPrefill as ChunkedPrefill
     from optkit.transforms.runtime.compile import Compile as Compile
+    from optkit.transforms.runtime.draft import Draft as Draft
     from optkit.transforms.runtime.kv_cache import KvCache as KvCache
     from optkit.transforms.runtime.offload import Offload as Offload
     from optkit.transforms.runtime.prefix_cache import PrefixCache as PrefixCache
@@ -69,6 +70,7 @@ TRANSFORMS: Registry[Transform] = Registry(
         "chunked_prefill": "optkit.transforms.runtime.chunked_prefill:ChunkedPrefill",
         "prefix_cache": "optkit.transforms.runtime.prefix_cache:PrefixCache",
         "prompt_lookup": "optkit.transforms.runtime.prompt_lookup:PromptLookup",
+        "draft": "optkit.transforms.runtime.draft:Draft",
         "offload": "optkit.transforms.runtime.offload:Offload",
         "data_parallel": "optkit.transforms.parallel.data_parallel:DataParallel",
         "tensor_parallel": "optkit.transforms.parallel.tensor_parallel:TensorParallel",
@@ -83,6 +85,7 @@ __all__ = [
     "Compile",
     "DataParallel",
     "Distill",
+    "Draft",
     "DropLayers",
     "Dtype",
     "Ensemble",

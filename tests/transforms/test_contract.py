@@ -50,6 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "chunked_prefill": {"tokens": 5},
     "prefix_cache": {},
     "prompt_lookup": {},
+    "draft": {},
     "data_parallel": {"size": 2},
     "tensor_parallel": {"size": 2},
     "pipeline_parallel": {"size": 2, "stages": (2, 1)},
@@ -69,9 +70,10 @@ NOT_FOR_BARE_MODULES = {
     "chunked_prefill": "a bare module has none",
     "prefix_cache": "a bare module has none",
     "prompt_lookup": "a bare module has none",
+    "draft": "a bare module has none",
     "smoothquant": "no place in Sequential",
 }
-RESHAPED = {"ensemble", "prune_ffn", "prune_heads", "prune_hidden", "low_rank"}
+RESHAPED = {"ensemble", "draft", "prune_ffn", "prune_heads", "prune_hidden", "low_rank"}
 NEEDS_ZEROS = {"sparse"}  # and how many there are is no matter of shapes
 COMPOSITION = ["drop_layers", "magnitude", "int4"]
 NOT_FOR_LANGUAGE_MODELS = {"prune_channels": "is a model of transformers; use prune_ffn, prune_heads or prune_hidden"}
@@ -122,7 +124,9 @@ def applied(name: str, model: Any) -> Any:
                     layer.weight[:, ::2] = 0
     batch = {"input_ids": torch.arange(2, 34).view(2, 16)} if isinstance(model, Subject) else {"input": torch.ones(2, 64)}
     other = copy.deepcopy(model.module if isinstance(model, Subject) else model)
-    return transform.apply(model, Calibration((batch,), open_model=lambda spec: other) if transform.needs_data else None)
+    return transform.apply(
+        model, Calibration((batch,), untouched=lambda: other, open_model=lambda spec: other) if transform.needs_data else None
+    )
 
 
 def shapes(module: nn.Module) -> dict[str, torch.Size]:

@@ -51,17 +51,22 @@ class Ensemble(Transform):
         if data is None or data.open_model is None:
             raise TransformError("ensemble opens its models in a recipe; in training code use optkit.engines.ensemble.Members(models)")
         members = [module, *(data.open_model(spec) for spec in self.models)]
-        vocabulary = _vocabulary(module, "this model")
+        vocabulary = vocabulary_of(module, "this model")
         for spec, other in zip(self.models, members[1:], strict=True):
-            if _vocabulary(other, spec) != vocabulary:
-                known = _vocabulary(other, spec)
+            if vocabulary_of(other, spec) != vocabulary:
+                known = vocabulary_of(other, spec)
                 raise TransformError(f"model {spec!r} knows {known} tokens and this one {vocabulary}: they cannot answer together")
         return Members(members)
 
 
-def _vocabulary(module: Any, name: str) -> int:
+def vocabulary_of(module: Any, name: str) -> int:
+    """Return how many tokens a causal language model knows.
+
+    Raises:
+        TransformError: it is none.
+    """
     generates = getattr(module, "can_generate", None)
     if not callable(generates) or not generates():
-        raise TransformError(f"{name} is no causal language model ({type(module).__name__}): it has no logits to be averaged")
+        raise TransformError(f"{name} is no causal language model ({type(module).__name__}): it has no logits of next tokens")
     size: int = module.config.vocab_size
     return size
