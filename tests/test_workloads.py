@@ -47,6 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dtype": {"dtype": "bfloat16"},
     "mixed": {"layers": {"*": "int8"}},
     "qat": {"steps": 2},
+    "adaptive": {"ways": ({"bits": 8},), "batch_sizes": (1,), "prompt_tokens": (8,), "most_perplexity": 2.0},
     "data_parallel": {"size": 2},
     "tensor_parallel": {"size": 2},
     "pipeline_parallel": {"size": 2},

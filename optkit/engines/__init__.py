@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from optkit.core.errors import TransformError
 from optkit.core.mesh import Mesh
 from optkit.core.subject import Subject
+from optkit.engines.adaptive import AdaptiveEngine, Way
 from optkit.engines.compiled import CompiledEngine, CompiledForward
 from optkit.engines.contract import Engine, ForwardEngine
 from optkit.engines.drafting import DraftEngine
@@ -48,6 +50,9 @@ def engine_for(subject: Subject, part: Part | None = None) -> Engine | ForwardEn
     if subject.kind != "causal-lm":
         return EagerForward(subject.module) if backend is None else CompiledForward(subject.module)
     draft = next((step.settings for step in subject.history if step.name == "draft"), None)
+    adaptive = next((step.settings for step in subject.history if step.name == "adaptive"), None)
+    if adaptive is not None:
+        return _adaptive(subject, adaptive)
     if draft is not None:
         model, other = subject.module.members  # type: ignore[misc]
         return DraftEngine(model, NativeEngine(other) if refusal(other) is None else EagerEngine(other), draft["tokens"])
@@ -66,6 +71,25 @@ def engine_for(subject: Subject, part: Part | None = None) -> Engine | ForwardEn
     if cache is not None:
         raise TransformError("graphs of torch.compile keep their own cache of floats; leave out compile or kv_cache")
     return CompiledEngine(subject.module)
+
+
+def _adaptive(subject: Subject, settings: Any) -> AdaptiveEngine:
+    """Return the engine of a model and its variants, after it has measured them."""
+    model, *others = subject.module.members  # type: ignore[misc]
+    before = tuple(step for step in subject.history if step.name != "adaptive")
+    own, *further = settings["perplexities"]
+    ways = {"as it is": Way(engine_for(replace(subject, module=model, history=before)), perplexity=own)}
+    for number, (module, way, ratio) in enumerate(zip(others, settings["ways"], further, strict=True), 1):
+        engine = NativeEngine(module) if way["compile"] and refusal(module) is None else EagerEngine(module)
+        parts = [f"{way['bits']} bits" if way["bits"] else "", way["dtype"] or "", "compiled" if isinstance(engine, NativeEngine) else ""]
+        parts += [
+            f"without {len(way['drop_layers'])} blocks" if way["drop_layers"] else "",
+            f"{way['threads']} threads" if way["threads"] else "",
+        ]
+        name = " ".join(part for part in parts if part) or "untouched"
+        ways[name if name not in ways else f"{name} ({number})"] = Way(engine, way["threads"], ratio)
+    sizes = settings["batch_sizes"], settings["prompt_tokens"]
+    return AdaptiveEngine(ways, model.config.vocab_size, *sizes, settings["new_tokens"])
 
 
 def _reuse(subject: Subject) -> dict[str, Any]:
@@ -87,7 +111,7 @@ def refusal_of_parts(subject: Subject, mesh: Mesh) -> str | None:
         reason = "no graph of torch.compile has sums over processes" if backend == "inductor" else refusal(subject.module)
         if reason is not None:
             return f"compiled steps cannot run on shards: {reason}; leave out compile"
-    own = sorted(names & {"prefix_cache", "chunked_prefill", "prompt_lookup", "draft"})
+    own = sorted(names & {"prefix_cache", "chunked_prefill", "prompt_lookup", "draft", "adaptive"})
     if mesh.parts > 1 and own:
         return f"a part of a model takes whole prompts; leave out {' and '.join(own)}"
     if mesh.parts > 1 and "offload" in names:
@@ -113,6 +137,9 @@ def _told(engine: Engine | ForwardEngine) -> str | None:
     if isinstance(engine, NativeEngine):
         kept = f", keys and values in {engine.cache_bits} bits" if engine.cache_bits else ""
         return f"steps of one token in one call of optkit's kernels, in float32{kept}; prompts by the model's own forward"
+    if isinstance(engine, AdaptiveEngine):
+        choices = ", ".join(f"{batch} x {prompt} tokens: {engine.best(batch, prompt)}" for batch, prompt in engine.table)
+        return f"the quickest of {len(engine.ways)} ways by a table measured at opening: {choices}"
     if isinstance(engine, DraftEngine):
         way = "steps of optkit's kernels" if isinstance(engine.draft, NativeEngine) else "its own forward"
         return f"the model's own forward, up to {engine.tokens} tokens guessed by another model's {way} and checked at once"
@@ -134,6 +161,7 @@ def _told(engine: Engine | ForwardEngine) -> str | None:
 
 
 __all__ = [
+    "AdaptiveEngine",
     "CompiledEngine",
     "CompiledForward",
     "DraftEngine",

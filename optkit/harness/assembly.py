@@ -123,7 +123,7 @@ def _gather(recipe: Recipe, task: Task, results: dict[str, Any]) -> _Arms:
             every = 1 if name in (BASELINE, OPTIMIZED, AGAIN) else REFERENCE_EVERY
             for metric in meter.metrics(int(size), generates):
                 arms.sample(name, _Sampled(metric, columns_of(rounds), every, timed=True))
-            if generates:
+            if generates and not meter.mix:
                 _count_cache(arms, name, int(size), meter, [rank["cache_bytes"] for rank in timing["memory"][name]])
     for name, lists in results["quality"].items():
         columns = {key: np.array(values, dtype=np.float64) for key, values in lists.items()}  # null is NaN

@@ -162,7 +162,7 @@ def _compared(recipe: Recipe, task: Task, kind: Kind) -> list[str]:
     latency = recipe.measure.get("latency")
     if isinstance(latency, Latency):
         names += [metric.name for size in latency.batch_sizes for metric in latency.metrics(size, kind in GENERATING)]
-        names += [sized("cache_bytes", size) for size in latency.batch_sizes if kind in GENERATING]
+        names += [sized("cache_bytes", size) for size in latency.batch_sizes if kind in GENERATING and not latency.mix]
     if "memory" in recipe.measure:
         names.append("peak_memory_bytes")
         if any(step.stage is Stage.PARALLEL for step in recipe.transforms):
@@ -176,7 +176,12 @@ def _compared(recipe: Recipe, task: Task, kind: Kind) -> list[str]:
 def _positions(recipe: Recipe, name: str, outline: Subject) -> Iterator[Problem]:
     latency = recipe.measure.get("latency")
     most = getattr(getattr(outline.module, "config", None), "max_position_embeddings", None)
-    wanted = latency.new_tokens + (latency.prompt_tokens if outline.kind == "causal-lm" else 0) if isinstance(latency, Latency) else 0
+    if not isinstance(latency, Latency):
+        return
+    wanted = latency.positions if outline.kind == "causal-lm" else latency.new_tokens
+    if latency.mix and outline.kind != "causal-lm":
+        message = "a mix is of prompts of several lengths, and this model takes none; leave it out"
+        yield Problem(line_of(name, ("measure", "latency")), "measure.latency.mix", message)
     if isinstance(most, int) and outline.kind in GENERATING and wanted > most:
         message = f"prompts and new_tokens make {wanted} positions together, and the model has {most}"
         yield Problem(line_of(name, ("measure", "latency")), "measure.latency", message)

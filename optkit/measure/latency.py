@@ -6,16 +6,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from optkit.core.errors import OptkitError
 from optkit.core.group import Group
 from optkit.core.measurement import Array, Metric, Samples
 from optkit.measure.contract import Meter, Opened, Session
+from optkit.measure.mixed import Load, MixedSession, mixed_metrics
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 BLOCK_TOKENS = 8
@@ -36,6 +38,9 @@ class Latency(Meter):
         default=0, description="first tokens that all prompts share; every request then has a prompt of its own, else all have the same"
     )
     new_tokens: Annotated[int, Field(ge=2, le=1_000_000)] = Field(default=64, description="tokens generated for each prompt")
+    mix: tuple[Load, ...] = Field(
+        default=(), max_length=64, description="requests of other sizes, one after another, whose time together is measured instead"
+    )
     batch_sizes: tuple[Count, ...] = Field(default=(1,), min_length=1, description="sequences at once; each size is measured")
     precision: float = Field(default=0.02, gt=0, lt=1, description="stop when the per-token ratio is known within this share")
     seconds: float = Field(default=60, gt=0, description="stop after this long, for each batch size, whatever the precision")
@@ -43,6 +48,8 @@ class Latency(Meter):
     def session(self, arm: Opened, batch_size: int, group: Group) -> Session:
         """Return a measurement in progress at one batch size; every rank of the group opens one."""
         rows = group.rows(batch_size)
+        if self.mix:
+            return MixedSession(arm, self.mix, group)
         if arm.subject.kind == "causal-lm":
             prompts = arm.task.prompts(arm.subject, batch_size * (_OWN_PROMPTS if self.shared_tokens else 1), self.prompt_tokens)
             prompts[:, : self.shared_tokens] = prompts[0, : self.shared_tokens].clone()
@@ -54,15 +61,32 @@ class Latency(Meter):
 
     def blocks_per_round(self, generates: bool) -> int:
         """Return how many blocks make one request, or one round of forward passes."""
+        if self.mix:
+            return len(self.mix)
         return 1 + -(-(self.new_tokens - 1) // (BLOCK_TOKENS + 1)) if generates else 1
+
+    @model_validator(mode="after")
+    def _one_workload(self) -> Self:
+        if self.mix and (self.batch_sizes != (1,) or self.shared_tokens):
+            raise OptkitError(
+                "mix says how many sequences its requests have, and none of them share tokens; leave out batch_sizes and shared_tokens"
+            )
+        return self
+
+    @property
+    def positions(self) -> int:
+        """The positions of the longest request, prompt and new tokens together."""
+        return max((load.prompt_tokens + load.new_tokens for load in self.mix), default=self.prompt_tokens + self.new_tokens)
 
     def judged(self, batch_size: int, generates: bool) -> Metric:
         """Return the metric whose precision decides how long is measured: the time of a later token, or of a pass."""
-        wanted = "tpot_ms" if generates else "latency_ms"
+        wanted = "mix_ms" if self.mix else "tpot_ms" if generates else "latency_ms"
         return next(metric for metric in self.metrics(batch_size, generates) if metric.name.startswith(wanted))
 
     def metrics(self, batch_size: int, generates: bool) -> tuple[Metric, ...]:
         """Return what is made of the times at one batch size; sizes other than 1 are part of the names."""
+        if self.mix:
+            return mixed_metrics(self.mix)
         made = _generation_metrics(batch_size, self.new_tokens) if generates else _forward_metrics(batch_size)
         return tuple(_renamed(metric, sized(metric.name, batch_size)) for metric in made)
 

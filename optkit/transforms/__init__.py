@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from optkit.transforms.quantize.nf4 import Nf4 as Nf4
     from optkit.transforms.quantize.qat import Qat as Qat
     from optkit.transforms.quantize.smoothquant import Smoothquant as Smoothquant
+    from optkit.transforms.runtime.adaptive import Adaptive as Adaptive
     from optkit.transforms.runtime.chunked_prefill import ChunkedPrefill as ChunkedPrefill
     from optkit.transforms.runtime.compile import Compile as Compile
     from optkit.transforms.runtime.draft import Draft as Draft
@@ -70,6 +71,7 @@ TRANSFORMS: Registry[Transform] = Registry(
         "chunked_prefill": "optkit.transforms.runtime.chunked_prefill:ChunkedPrefill",
         "prefix_cache": "optkit.transforms.runtime.prefix_cache:PrefixCache",
         "prompt_lookup": "optkit.transforms.runtime.prompt_lookup:PromptLookup",
+        "adaptive": "optkit.transforms.runtime.adaptive:Adaptive",
         "draft": "optkit.transforms.runtime.draft:Draft",
         "offload": "optkit.transforms.runtime.offload:Offload",
         "data_parallel": "optkit.transforms.parallel.data_parallel:DataParallel",
@@ -80,6 +82,7 @@ TRANSFORMS: Registry[Transform] = Registry(
 
 __all__ = [
     "TRANSFORMS",
+    "Adaptive",
     "Calibration",
     "ChunkedPrefill",
     "Compile",

@@ -11,10 +11,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from optkit.core.errors import OptkitError
 from optkit.core.group import Group
 from optkit.core.subject import Subject
 from optkit.engines.greedy import Greedy
-from optkit.measure import METERS, latency
+from optkit.measure import METERS, latency, mixed
 from optkit.measure.contract import Opened
 from optkit.measure.latency import Latency
 
@@ -237,3 +238,23 @@ def test_requests_that_share_a_beginning_go_on_differently_and_the_others_are_ne
         texts = {tuple(ids[0].tolist()) for ids in engine.prompts}
         assert len(engine.prompts) == 4 and len(texts) == (3 if shared else own)
         assert len({text[:3] for text in texts}) == 1 and engine.forgotten == (0 if shared else 2)
+
+
+def test_a_mix_is_timed_request_by_request_and_told_as_a_whole(engine: SlowEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixed, "time", latency.time)
+    mix: Any = ({"sequences": 2, "prompt_tokens": 4, "new_tokens": 3}, {"prompt_tokens": 8, "new_tokens": 2})
+    meter = Latency(mix=mix)
+    session = meter.session(opened(engine), 1, Group())
+    rounds = [[session.block()["requests_ms"][0] for _ in range(meter.blocks_per_round(True))] for _ in range(2)]
+    assert rounds == [[pytest.approx(50 + 1 + 2), pytest.approx(50 + 1)]] * 2
+    columns = {"requests_ms": np.array(rounds)[None]}
+    assert [(metric.name, metric.estimate(columns).tolist()) for metric in meter.metrics(1, True)] == [
+        ("mix_ms", [pytest.approx(104)]),
+        ("mix_tokens_per_second", [pytest.approx(8 / 0.104)]),
+    ]
+    assert meter.judged(1, True).name == "mix_ms" and meter.positions == 10
+
+
+def test_a_mix_has_its_own_sizes() -> None:
+    with pytest.raises(OptkitError, match="leave out batch_sizes and shared_tokens"):
+        Latency(mix=({"prompt_tokens": 4, "new_tokens": 2},), batch_sizes=(1, 8))

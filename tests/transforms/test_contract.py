@@ -51,6 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefix_cache": {},
     "prompt_lookup": {},
     "draft": {},
+    "adaptive": {"ways": ({"bits": 8},), "batch_sizes": (1,), "prompt_tokens": (8,), "perplexities": (1.0, 1.0)},
     "data_parallel": {"size": 2},
     "tensor_parallel": {"size": 2},
     "pipeline_parallel": {"size": 2, "stages": (2, 1)},
@@ -71,9 +72,10 @@ NOT_FOR_BARE_MODULES = {
     "prefix_cache": "a bare module has none",
     "prompt_lookup": "a bare module has none",
     "draft": "a bare module has none",
+    "adaptive": "a bare module has none",
     "smoothquant": "no place in Sequential",
 }
-RESHAPED = {"ensemble", "draft", "prune_ffn", "prune_heads", "prune_hidden", "low_rank"}
+RESHAPED = {"ensemble", "draft", "adaptive", "prune_ffn", "prune_heads", "prune_hidden", "low_rank"}
 NEEDS_ZEROS = {"sparse"}  # and how many there are is no matter of shapes
 COMPOSITION = ["drop_layers", "magnitude", "int4"]
 NOT_FOR_LANGUAGE_MODELS = {"prune_channels": "is a model of transformers; use prune_ffn, prune_heads or prune_hidden"}

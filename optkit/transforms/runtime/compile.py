@@ -33,6 +33,9 @@ class Compile(Transform):
         """Refuse the native step where it does not know the model, a second compile, and a quantized cache that it cannot keep."""
         if any(step.name == self.step().name for step in plan.subject.history):
             raise TransformError("the model is compiled already; name compile once")
+        beside = next((step.name for step in plan.subject.history if step.name in ("draft", "adaptive")), None)
+        if beside is not None:
+            raise TransformError(f"{beside} has chosen how its models are executed; name compile before it, or leave it out")
         if plan.subject.kind == "seq2seq-lm":
             raise TransformError(
                 "an encoder with a decoder runs by its own forward, and no compiled engine knows it yet; leave out compile"

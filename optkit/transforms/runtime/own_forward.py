@@ -17,6 +17,6 @@ def refuse_other_engines(subject: Subject, name: str, others: tuple[str, ...] = 
     taken = {step.name for step in subject.history}
     if name in taken:
         raise TransformError(f"{name} stands there already; name it once")
-    meets = sorted(taken.intersection(("kv_cache", "ensemble", "offload", "draft", *others)))
+    meets = sorted(taken.intersection(("kv_cache", "ensemble", "offload", "draft", "adaptive", *others)))
     if meets:
         raise TransformError(f"{meets[0]} has an engine of its own, which {name} does not reach; leave out one of them")
