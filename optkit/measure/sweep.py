@@ -16,8 +16,8 @@ from optkit.measure.law import Load, Point
 from optkit.measure.work import Forward, Work, work_of
 
 PREFILL, DECODE = "prefill", "decode"
-_STEPS = 6
-_REPEATS_S = 0.3  # a forward is repeated for so long, at least twice
+_LEAST_STEPS, _MOST_STEPS = 6, 48
+_REPEATS_S = 0.4  # a forward is repeated for so long, at least three times
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,13 @@ def sweep(
         points.append(Point(name, parameters, prompt, batch, PREFILL, load, first))
         tokens = engine.first(ids)
         tokens = engine.step(tokens).argmax(-1)
-        times = []
-        for _ in range(_STEPS):
+        times: list[float] = []
+        while len(times) < _LEAST_STEPS or (sum(times) < _REPEATS_S and len(times) < _MOST_STEPS):
             start = time.perf_counter()
             tokens = engine.step(tokens).argmax(-1)
             times.append(time.perf_counter() - start)
-        points.append(
-            Point(name, parameters, prompt, batch, DECODE, load_of(module, Forward(batch, 1, prompt + _STEPS // 2 + 1)), median(times))
-        )
+        past = Forward(batch, 1, prompt + len(times) // 2 + 1)
+        points.append(Point(name, parameters, prompt, batch, DECODE, load_of(module, past), median(times)))
         engine.reset()
     return Swept(points, skipped)
 
@@ -90,7 +89,7 @@ def load_of(module: nn.Module, forward: Forward) -> Load:
 def _timed(work: Callable[[], Any]) -> float:
     work()
     times: list[float] = []
-    while len(times) < 2 or (sum(times) < _REPEATS_S and len(times) < 20):
+    while len(times) < 3 or (sum(times) < _REPEATS_S and len(times) < 20):
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
