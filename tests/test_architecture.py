@@ -152,6 +152,7 @@ def test_the_public_names_of_optkit_stay() -> None:
 def test_the_public_names_of_the_transforms_stay() -> None:
     classes = [
         "Adaptive",
+        "Bucketing",
         "ChunkedPrefill",
         "Compile",
         "DataParallel",

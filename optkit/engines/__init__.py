@@ -9,6 +9,7 @@ from optkit.core.errors import TransformError
 from optkit.core.mesh import Mesh
 from optkit.core.subject import Subject
 from optkit.engines.adaptive import AdaptiveEngine, Way
+from optkit.engines.bucketed import BucketedForward
 from optkit.engines.compiled import CompiledEngine, CompiledForward
 from optkit.engines.contract import Engine, ForwardEngine
 from optkit.engines.drafting import DraftEngine
@@ -48,7 +49,9 @@ def engine_for(subject: Subject, part: Part | None = None) -> Engine | ForwardEn
             )
         return Seq2SeqEngine(subject.module)
     if subject.kind != "causal-lm":
-        return EagerForward(subject.module) if backend is None else CompiledForward(subject.module)
+        forward = EagerForward(subject.module) if backend is None else CompiledForward(subject.module)
+        bucketing = next((step.settings for step in subject.history if step.name == "bucketing"), None)
+        return forward if bucketing is None else BucketedForward(forward, bucketing["multiple"])
     draft = next((step.settings for step in subject.history if step.name == "draft"), None)
     adaptive = next((step.settings for step in subject.history if step.name == "adaptive"), None)
     if adaptive is not None:
@@ -137,6 +140,9 @@ def _told(engine: Engine | ForwardEngine) -> str | None:
     if isinstance(engine, NativeEngine):
         kept = f", keys and values in {engine.cache_bits} bits" if engine.cache_bits else ""
         return f"steps of one token in one call of optkit's kernels, in float32{kept}; prompts by the model's own forward"
+    if isinstance(engine, BucketedForward):
+        inner = _told(engine.inner) or "the model's own forward"
+        return f"{inner}, items by their length rounded up to a multiple of {engine.multiple}"
     if isinstance(engine, AdaptiveEngine):
         choices = ", ".join(f"{batch} x {prompt} tokens: {engine.best(batch, prompt)}" for batch, prompt in engine.table)
         return f"the quickest of {len(engine.ways)} ways by a table measured at opening: {choices}"
@@ -162,6 +168,7 @@ def _told(engine: Engine | ForwardEngine) -> str | None:
 
 __all__ = [
     "AdaptiveEngine",
+    "BucketedForward",
     "CompiledEngine",
     "CompiledForward",
     "DraftEngine",

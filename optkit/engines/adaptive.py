@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,13 +32,23 @@ class Times:
     first_s: float
     later_s: float
 
-    def request_s(self, new_tokens: int) -> float:
-        """Return the seconds of a whole request."""
-        return self.first_s + (new_tokens - 1) * self.later_s
+
+@dataclass(frozen=True)
+class Choice:
+    """Whose way a prompt takes, and whose its later tokens."""
+
+    prompt: str
+    later: str
+
+    def __str__(self) -> str:
+        return self.later if self.prompt == self.later else f"{self.later} after {self.prompt}"
 
 
 class AdaptiveEngine:
-    """Chooses a way for each request by its sequences and the length of its prompt. It is judged by the least of its ways."""
+    """Chooses for each request by its sequences and the length of its prompt: one way, or one for the prompt and one for what follows.
+
+    It is judged by the least of its ways.
+    """
 
     def __init__(self, ways: Mapping[str, Way], vocabulary: int, batches: Sequence[int], prompts: Sequence[int], new_tokens: int) -> None:
         """Take the ways by name, and measure them.
@@ -51,35 +62,36 @@ class AdaptiveEngine:
         """
         self.ways = ways
         self._new_tokens = new_tokens
+        self._choices = [Choice(one, other) for one in ways for other in ways if one == other or _hands_over(ways[one], ways[other])]
         sizes = [(batch, prompt) for batch in batches for prompt in prompts]
         self.table = {size: {name: _measured(way, vocabulary, *size) for name, way in ways.items()} for size in sizes}
-        self.chosen = {name: 0 for name in ways}  # how many requests each way has had
-        self._now = next(iter(ways.values()))
+        self.chosen = Counter[Choice]()  # how many requests each choice has had
+        self._now = self._choices[0]
 
     def prefill(self, input_ids: Tensor) -> Tensor:
-        """Take (b, p) input ids, choose a way, fill its cache and return the (b, v) logits of the last position."""
-        self._choose(input_ids)
-        with _threads(self._now.threads):
-            logits: Tensor = self._now.engine.prefill(input_ids)
+        """Take (b, p) input ids, choose, fill the cache and return the (b, v) logits of the last position."""
+        self._later.engine.reset()
+        self._now = self.best(*input_ids.shape)
+        self.chosen[self._now] += 1
+        first, later = self.ways[self._now.prompt], self._later
+        with _threads(first.threads):
+            logits: Tensor = later.engine.prefill(input_ids) if first is later else later.engine.prefill_by(first.engine, input_ids)
         return logits
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Take (b,) token ids, one for each sequence, and return their (b, v) logits."""
-        with _threads(self._now.threads):
-            logits: Tensor = self._now.engine.step(token_ids)
+        with _threads(self._later.threads):
+            logits: Tensor = self._later.engine.step(token_ids)
         return logits
 
     def first(self, input_ids: Tensor) -> Tensor:
-        """Take (b, p) input ids, choose a way, fill its cache and return the (b,) most likely next tokens."""
-        self._choose(input_ids)
-        with _threads(self._now.threads):
-            tokens: Tensor = self._now.engine.first(input_ids)
-        return tokens
+        """Take (b, p) input ids, choose, fill the cache and return the (b,) most likely next tokens."""
+        return self.prefill(input_ids).argmax(-1)
 
     def further(self, token_ids: Tensor, count: int) -> Iterator[Tensor]:
         """Go on from (b,) tokens, and yield the (b,) next ones so many times."""
-        with _threads(self._now.threads):
-            yield from self._now.engine.further(token_ids, count)
+        with _threads(self._later.threads):
+            yield from self._later.engine.further(token_ids, count)
 
     def score(self, input_ids: Tensor) -> Tensor:
         """Return the (b, t, v) logits of (b, t) input ids, by the way of the highest perplexity."""
@@ -88,7 +100,7 @@ class AdaptiveEngine:
 
     def cache_bytes(self) -> int:
         """Return the bytes of the request's keys and values."""
-        held: int = self._now.engine.cache_bytes()
+        held: int = self._later.engine.cache_bytes()
         return held
 
     def reset(self) -> None:
@@ -96,17 +108,21 @@ class AdaptiveEngine:
         for way in self.ways.values():
             way.engine.reset()
 
-    def best(self, batch: int, prompt: int) -> str:
-        """Return the name of the way that is quickest for requests like the nearest that was measured."""
+    def best(self, batch: int, prompt: int) -> Choice:
+        """Return what is quickest for requests like the nearest that was measured."""
         size = min(self.table, key=lambda size: abs(math.log(size[0] / batch)) + abs(math.log(size[1] / prompt)))
         times = self.table[size]
-        return min(times, key=lambda name: times[name].request_s(self._new_tokens))
+        return min(self._choices, key=lambda choice: times[choice.prompt].first_s + (self._new_tokens - 1) * times[choice.later].later_s)
 
-    def _choose(self, input_ids: Tensor) -> None:
-        name = self.best(*input_ids.shape)
-        self.chosen[name] += 1
-        self._now.engine.reset()
-        self._now = self.ways[name]
+    @property
+    def _later(self) -> Way:
+        return self.ways[self._now.later]
+
+
+def _hands_over(first: Way, later: Way) -> bool:
+    """Say whether one way's keys and values of a prompt serve another."""
+    is_like = getattr(later.engine, "is_like", None)
+    return is_like is not None and is_like(first.engine)
 
 
 def _measured(way: Way, vocabulary: int, batch: int, prompt: int) -> Times:

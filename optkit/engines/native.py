@@ -67,18 +67,31 @@ class NativeEngine(Greedy):
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Take (b, p) input ids, fill the cache and return the (b, v) logits of the last position."""
-        logits = self._eager.prefill(input_ids)
+        return self.prefill_by(self, input_ids)
+
+    @torch.inference_mode()
+    def prefill_by(self, other: NativeEngine, input_ids: Tensor) -> Tensor:
+        """Take (b, p) input ids, and the keys, values and logits of them that another engine computes, which ``is_like`` this one."""
+        prompts = other._eager
+        logits = prompts.prefill(input_ids)
         self._batch, self._position = input_ids.shape
         decoder = self._room_for(self._batch, self._position + 1)
-        for layer, keys, values in zip(self._eager.cache.layers, decoder.keys, decoder.values, strict=True):
+        for layer, keys, values in zip(prompts.cache.layers, decoder.keys, decoder.values, strict=True):
             if self.cache_bits:
                 _fill(keys, layer.packed_keys, self._position)
                 _fill(values, layer.packed_values, self._position)
             else:
                 _fill(keys, (layer.keys,), self._position)
                 _fill(values, (layer.values,), self._position)
-        self._eager.reset()
+        prompts.reset()
         return logits
+
+    def is_like(self, other: Any) -> bool:
+        """Say whether another engine keeps the same of a past: keys and values of as many layers and heads, in the same bits."""
+        if not isinstance(other, NativeEngine) or self._part is not None or other._part is not None or self._cache != other._cache:
+            return False
+        mine, theirs = self._parts, other._parts
+        return (len(mine.blocks), mine.kv_heads, mine.head_size) == (len(theirs.blocks), theirs.kv_heads, theirs.head_size)
 
     @torch.inference_mode()
     def step(self, token_ids: Tensor) -> Tensor:

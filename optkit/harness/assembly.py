@@ -13,6 +13,7 @@ import numpy as np
 from optkit.core.measurement import Comparison, Measurement, Metric, Samples
 from optkit.core.subject import GENERATING
 from optkit.harness import statistics
+from optkit.harness.hindsight import foretold
 from optkit.harness.stages import AGAIN, BASELINE, ONE, OPTIMIZED, STEP
 from optkit.harness.trial import REFERENCE_EVERY, columns_of
 from optkit.measure.latency import Latency, sized
@@ -275,4 +276,9 @@ def _notes(recipe: Recipe, results: dict[str, Any], arms: _Arms) -> tuple[str, .
     unknown = [name for name in recipe.limits if name not in measured]
     if unknown:
         notes.append(f"limits on metrics that were not measured do not hold: {', '.join(unknown)}; measured: {', '.join(sorted(measured))}")
-    return tuple(notes)
+    ends = {
+        name: (before.measured().value, arms.sampled[OPTIMIZED][name].measured().value)
+        for name, before in arms.sampled.get(BASELINE, {}).items()
+        if before.timed and name in arms.sampled.get(OPTIMIZED, {})
+    }
+    return (*notes, *foretold(recipe, ends))

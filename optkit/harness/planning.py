@@ -12,7 +12,9 @@ from optkit.engines.native import refusal
 from optkit.harness.checking import check_recipe, outline_of
 from optkit.harness.machine import known_laws
 from optkit.kernels.int4 import Int4Linear
-from optkit.kernels.int8 import Int8Linear
+from optkit.kernels.int8 import Int8Embedding, Int8Linear
+from optkit.kernels.low_rank import LowRankLinear
+from optkit.kernels.w8a8 import W8A8Linear
 from optkit.measure.latency import Latency
 from optkit.measure.law import Law, Load
 from optkit.measure.sweep import load_of
@@ -26,6 +28,9 @@ from optkit.transforms import Plan, Transform
 
 _RUNTIME_BYTES = 300 * 2**20  # Python with its libraries, resident
 _GAIN = 0.95  # a predicted ratio above this is none
+_OWN_WAYS = {"offload", "ensemble", "draft", "adaptive", "kv_cache", "prompt_lookup"}
+# Layers by the law that they follow; "": that of the floats around them.
+_PACKED: dict[type, str] = {Int8Linear: "int8", W8A8Linear: "int8", Int8Embedding: "", Int4Linear: "int4", LowRankLinear: ""}
 _PROMPTS = 128  # tokens of an item, where the task decides and no text has been read
 
 
@@ -59,20 +64,33 @@ def plan_of(recipe: Recipe, trust_remote_code: bool = False) -> PlanReport:
 
 
 def kind_of_law(subject: Subject) -> str | None:
-    """Return which law a subject follows, or None where there is none: several processes, or layers that no law was fitted for."""
-    if subject.mesh.size > 1 or subject.kind not in GENERATING or any(step.name in ("offload", "ensemble") for step in subject.history):
-        return None
-    kinds = {type(layer) for layer in subject.module.modules() if hasattr(layer, "weight_bytes") and isinstance(layer, torch.nn.Linear)}
-    packed = {Int8Linear: "int8", Int4Linear: "int4"}
-    if kinds - packed.keys():
-        return None
-    inner = {kind for kind in kinds if kind is Int4Linear} or kinds  # an int8 head beside int4 layers follows the law of these
+    """Return which law a subject follows, or None where there is none."""
+    return _lawful(subject)[0]
+
+
+def _lawful(subject: Subject) -> tuple[str | None, str]:
+    """Return which law a subject follows, or None and what there is no law for."""
+    if subject.mesh.size > 1:
+        return None, f"{subject.mesh.size} processes"
+    own = next((step.name for step in subject.history if step.name in _OWN_WAYS), None)
+    if own is not None:
+        return None, own
+    layers = {type(layer) for layer in subject.module.modules() if hasattr(layer, "weight_bytes")}
+    strange = next((layer.__name__ for layer in layers if layer not in _PACKED), None)
+    if strange is not None:
+        return None, f"layers of {strange}"
+    if any(isinstance(layer, torch.nn.RNNBase) for layer in subject.module.modules()):
+        return None, "recurrent layers"
+    kinds = [_PACKED[layer] for layer in layers if _PACKED[layer]]
     dtype = next((tensor.dtype for tensor in subject.module.parameters() if tensor.is_floating_point()), torch.float32)
-    name = packed[next(iter(inner))] if inner else str(dtype).removeprefix("torch.")
+    # An int8 head beside int4 layers follows the law of these.
+    name = min(kinds) if kinds else str(dtype).removeprefix("torch.")
     backend = next((step.settings["backend"] for step in subject.history if step.name == "compile"), None)
     if backend is None:
-        return name
-    return f"{name}-compiled" if backend != "inductor" and refusal(subject.module) is None else None
+        return name, ""
+    if backend != "inductor" and refusal(subject.module) is None:
+        return f"{name}-compiled", ""
+    return None, "graphs of torch.compile"
 
 
 def _planned(
@@ -81,11 +99,12 @@ def _planned(
     module, batch = outline.module, meter.batch_sizes[0]
     stored = sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(module).values())
     prompt = meter.prompt_tokens if outline.kind == "causal-lm" else _PROMPTS
-    first = load_of(module, Forward(batch, prompt))
+    generates = outline.kind in GENERATING
+    first = load_of(module, Forward(batch, prompt, only_last=generates))
     later = load_of(module, Forward(batch, 1, prompt + meter.new_tokens // 2))
     last = load_of(module, Forward(batch, 1, prompt + meter.new_tokens))
-    cache = int(last.cache_bytes) if outline.kind in GENERATING else 0
-    kind = kind_of_law(outline)
+    cache = int(last.cache_bytes) if generates else 0
+    kind, unlawful = _lawful(outline)
     law = laws.get(kind) if kind else None
     serving = stored + cache + _RUNTIME_BYTES + _activations(first)
     found = PlannedStep(
@@ -97,8 +116,10 @@ def _planned(
         serving_bytes=serving,
         transforming_bytes=_RUNTIME_BYTES + (stored if before is None else before.stored_bytes + stored),
         ttft_ms=law.seconds(first) * 1e3 if law else None,
-        tpot_ms=law.seconds(later) * 1e3 if law else None,
-        regime=law.regime(later) if law else None,
+        tpot_ms=law.seconds(later) * 1e3 if law and generates else None,
+        regime=law.regime(later if generates else first) if law else None,
+        unlawful=unlawful,
+        terms=law.terms(later if generates else first) if law else {},
     )
     return replace(found, warnings=tuple(_warnings(step, outline, found, before, law, later)))
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from optkit.transforms.quantize.qat import Qat as Qat
     from optkit.transforms.quantize.smoothquant import Smoothquant as Smoothquant
     from optkit.transforms.runtime.adaptive import Adaptive as Adaptive
+    from optkit.transforms.runtime.bucketing import Bucketing as Bucketing
     from optkit.transforms.runtime.chunked_prefill import ChunkedPrefill as ChunkedPrefill
     from optkit.transforms.runtime.compile import Compile as Compile
     from optkit.transforms.runtime.draft import Draft as Draft
@@ -68,6 +69,7 @@ TRANSFORMS: Registry[Transform] = Registry(
         "llm_int8": "optkit.transforms.quantize.llm_int8:LlmInt8",
         "compile": "optkit.transforms.runtime.compile:Compile",
         "kv_cache": "optkit.transforms.runtime.kv_cache:KvCache",
+        "bucketing": "optkit.transforms.runtime.bucketing:Bucketing",
         "chunked_prefill": "optkit.transforms.runtime.chunked_prefill:ChunkedPrefill",
         "prefix_cache": "optkit.transforms.runtime.prefix_cache:PrefixCache",
         "prompt_lookup": "optkit.transforms.runtime.prompt_lookup:PromptLookup",
@@ -83,6 +85,7 @@ TRANSFORMS: Registry[Transform] = Registry(
 __all__ = [
     "TRANSFORMS",
     "Adaptive",
+    "Bucketing",
     "Calibration",
     "ChunkedPrefill",
     "Compile",

@@ -10,11 +10,12 @@ import torch
 
 from optkit.core.errors import TransformError
 from optkit.core.subject import Calibration, Subject
-from optkit.engines import AdaptiveEngine, EagerEngine, engine_for, told
+from optkit.engines import AdaptiveEngine, EagerEngine, NativeEngine, engine_for, told
 from optkit.engines.adaptive import Times, Way
+from optkit.engines.eager import cache_name
 from optkit.kernels.native import native
 from optkit.models import artefact
-from optkit.transforms import Adaptive, Compile, Int4
+from optkit.transforms import Adaptive, Compile, Int4, Int8
 
 
 def request(engine: Any, ids: torch.Tensor, count: int = 6) -> list[list[int]]:
@@ -39,7 +40,7 @@ def test_few_and_many_sequences_get_their_ways(two: tuple[AdaptiveEngine, dict[s
     assert request(engine, ids[:1]) == request(EagerEngine(modules["few"]), ids[:1])
     many = ids.repeat(3, 1)
     assert request(engine, many) == request(EagerEngine(modules["many"]), many)
-    assert engine.chosen == {"few": 1, "many": 1}
+    assert {str(choice): count for choice, count in engine.chosen.items()} == {"few": 1, "many": 1}
     engine.prefill(ids[:1])
     torch.testing.assert_close(engine.step(ids[0, :1]), _step(modules["few"], ids))
     assert engine.cache_bytes() > 0
@@ -55,9 +56,26 @@ def _step(module: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def test_a_long_answer_may_want_another_way_than_a_short_one(two: tuple[AdaptiveEngine, dict[str, Any]]) -> None:
     engine, _ = two
-    assert engine.best(8, 8) == "many"
+    assert str(engine.best(8, 8)) == "many"
     engine._new_tokens = 2
-    assert engine.best(8, 8) == "few"
+    assert str(engine.best(8, 8)) == "few"
+
+
+@pytest.mark.skipif(native() is None, reason="no kernels")
+def test_one_way_computes_the_prompt_and_another_goes_on(tiny_llama: Any, ids: torch.Tensor) -> None:
+    plain, packed = tiny_llama(), Int8().apply(tiny_llama())
+    shorter = tiny_llama(num_hidden_layers=2)
+    ways = {"plain": Way(NativeEngine(plain)), "packed": Way(NativeEngine(packed)), "shorter": Way(NativeEngine(shorter))}
+    engine = AdaptiveEngine(ways, 96, (1,), (8,), new_tokens=10)
+    engine.table = {(1, 8): {"plain": Times(1, 5), "packed": Times(4, 1), "shorter": Times(9, 9)}}
+    logits = engine.prefill(ids)
+    torch.testing.assert_close(logits, EagerEngine(plain).prefill(ids))
+    assert [str(choice) for choice in engine.chosen] == ["packed after plain"]
+    name = cache_name(plain)
+    cached = plain(input_ids=ids, use_cache=True)[name]
+    expected = packed(input_ids=ids[:, :1], use_cache=True, **{name: cached}).logits[:, -1]
+    torch.testing.assert_close(engine.step(ids[:, 0]), expected, rtol=0, atol=1e-3)
+    assert not ways["plain"].engine.is_like(ways["shorter"].engine) and not ways["plain"].engine.is_like(EagerEngine(plain))
 
 
 def test_it_is_judged_by_its_worst_way(two: tuple[AdaptiveEngine, dict[str, Any]], ids: torch.Tensor) -> None:

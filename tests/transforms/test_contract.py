@@ -50,6 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "chunked_prefill": {"tokens": 5},
     "prefix_cache": {},
     "prompt_lookup": {},
+    "bucketing": {},
     "draft": {},
     "adaptive": {"ways": ({"bits": 8},), "batch_sizes": (1,), "prompt_tokens": (8,), "perplexities": (1.0, 1.0)},
     "data_parallel": {"size": 2},
@@ -71,6 +72,7 @@ NOT_FOR_BARE_MODULES = {
     "chunked_prefill": "a bare module has none",
     "prefix_cache": "a bare module has none",
     "prompt_lookup": "a bare module has none",
+    "bucketing": "a bare module is given them",
     "draft": "a bare module has none",
     "adaptive": "a bare module has none",
     "smoothquant": "no place in Sequential",
@@ -78,7 +80,10 @@ NOT_FOR_BARE_MODULES = {
 RESHAPED = {"ensemble", "draft", "adaptive", "prune_ffn", "prune_heads", "prune_hidden", "low_rank"}
 NEEDS_ZEROS = {"sparse"}  # and how many there are is no matter of shapes
 COMPOSITION = ["drop_layers", "magnitude", "int4"]
-NOT_FOR_LANGUAGE_MODELS = {"prune_channels": "is a model of transformers; use prune_ffn, prune_heads or prune_hidden"}
+NOT_FOR_LANGUAGE_MODELS = {
+    "prune_channels": "is a model of transformers; use prune_ffn, prune_heads or prune_hidden",
+    "bucketing": "this one generates",
+}
 NOT_FOR_A_BARE_LAYER = {"prune_channels"}  # whose outputs are the answers
 NAMES = sorted(name for name in TRANSFORMS if name not in NOT_FOR_LANGUAGE_MODELS)
 BARE = [name for name in TRANSFORMS if name not in NOT_FOR_BARE_MODULES]
