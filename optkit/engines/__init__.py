@@ -77,7 +77,7 @@ def engine_for(subject: Subject, part: Part | None = None) -> Engine | ForwardEn
 
 
 def _adaptive(subject: Subject, settings: Any) -> AdaptiveEngine:
-    """Return the engine of a model and its variants, after it has measured them."""
+    """Return the engine of a model and its variants."""
     model, *others = subject.module.members  # type: ignore[misc]
     before = tuple(step for step in subject.history if step.name != "adaptive")
     own, *further = settings["perplexities"]
@@ -144,8 +144,7 @@ def _told(engine: Engine | ForwardEngine) -> str | None:
         inner = _told(engine.inner) or "the model's own forward"
         return f"{inner}, items by their length rounded up to a multiple of {engine.multiple}"
     if isinstance(engine, AdaptiveEngine):
-        choices = ", ".join(f"{batch} x {prompt} tokens: {engine.best(batch, prompt)}" for batch, prompt in engine.table)
-        return f"the quickest of {len(engine.ways)} ways by a table measured at opening: {choices}"
+        return f"the quickest of {len(engine.ways)} ways ({', '.join(engine.ways)}), by a table measured at the first request"
     if isinstance(engine, DraftEngine):
         way = "steps of optkit's kernels" if isinstance(engine.draft, NativeEngine) else "its own forward"
         return f"the model's own forward, up to {engine.tokens} tokens guessed by another model's {way} and checked at once"

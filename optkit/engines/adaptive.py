@@ -1,4 +1,7 @@
-"""Several ways to serve one model, and for each request the one that is quickest on this machine by a table measured when it is opened."""
+"""Several ways to serve one model, and for each request the one that is quickest on this machine.
+
+That is told by a table, which is measured when the first request comes: at opening, other models may be opened beside.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,7 +55,7 @@ class AdaptiveEngine:
     """
 
     def __init__(self, ways: Mapping[str, Way], vocabulary: int, batches: Sequence[int], prompts: Sequence[int], new_tokens: int) -> None:
-        """Take the ways by name, and measure them.
+        """Take the ways by name.
 
         Args:
             ways: at least one.
@@ -63,10 +67,15 @@ class AdaptiveEngine:
         self.ways = ways
         self._new_tokens = new_tokens
         self._choices = [Choice(one, other) for one in ways for other in ways if one == other or _hands_over(ways[one], ways[other])]
-        sizes = [(batch, prompt) for batch in batches for prompt in prompts]
-        self.table = {size: {name: _measured(way, vocabulary, *size) for name, way in ways.items()} for size in sizes}
+        self._sizes = [(batch, prompt) for batch in batches for prompt in prompts]
+        self._vocabulary = vocabulary
         self.chosen = Counter[Choice]()  # how many requests each choice has had
         self._now = self._choices[0]
+
+    @cached_property
+    def table(self) -> dict[tuple[int, int], dict[str, Times]]:
+        """The times of each way by sequences and length of the prompt, measured once."""
+        return {size: {name: _measured(way, self._vocabulary, *size) for name, way in self.ways.items()} for size in self._sizes}
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Take (b, p) input ids, choose, fill the cache and return the (b, v) logits of the last position."""

@@ -33,7 +33,7 @@ class Way(Variant):
 class Adaptive(Transform):
     """Serve by this model as it is, or by variants of the untouched one: whichever is quickest here for a request of this shape.
 
-    What is quickest is measured when the model is opened, for the sizes that are named. No way may be much worse: its perplexity on
+    What is quickest is measured when the first request comes, for the sizes that are named. No way may be much worse: its perplexity on
     calibration data is held against the untouched model's, and the model is judged by the worst way that is left.
     """
 
