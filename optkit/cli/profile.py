@@ -16,7 +16,7 @@ def profile_command(
     prompt_tokens: Annotated[int, typer.Option(help="tokens of each prompt", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="later tokens of each request", min=2)] = 32,
     batch_size: Annotated[int, typer.Option(help="sequences, or items, at once", min=1)] = 1,
-    rounds: Annotated[int, typer.Option(help="requests that are timed untouched, and as many watched", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="requests that are timed untouched, and as many watched", min=1)] = 12,
     threads: Annotated[int | None, typer.Option(help="threads; default: those of the recipe, or all cores", min=1)] = None,
     out: Annotated[Path, typer.Option("--out", help="folder of experiments")] = Path("experiments"),
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import update_wrapper
 from statistics import median
 from typing import Any
 
@@ -26,47 +27,40 @@ _BLOCK = re.compile(r"\.(\d+)(?:\.|$)")
 class StageClock:
     """Seconds by stage and block of the forwards while it is running; what belongs to no stage is the framework's.
 
-    ``events`` counts entries and exits by stage: each has its cost, see ``event_costs_s``, which the one who reads the clock takes off.
-
-    Args:
-        module: whose forwards are watched.
-        twice: read the time twice at every entry and exit, so that the difference tells what a reading costs where it stands.
+    ``events`` counts entries and exits by stage: each costs ``event_cost_s``, which the one who reads the clock takes off.
     """
 
-    def __init__(self, module: nn.Module, twice: bool = False) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self._stages = stages_of(module)
         self._module = module
-        self._twice = twice
+        self._marks: list[Any] = []  # in turn a stage that is entered, or None where one is left, and the moment
         self.seconds: dict[tuple[str, int | None], float] = {}
         self.events: dict[str, int] = {}
-        self._running: list[tuple[str, int | None]] = []
-        self._last = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Watch the module's forwards; the clock runs from here to the end."""
-        handles = []
+        self.seconds, self.events = {}, {}
+        watched = []
         for name, stage in self._stages.items():
             layer = self._module.get_submodule(name)
-            key = stage, block_of(name)
-            if self._twice:
-                handles.append(layer.register_forward_pre_hook(lambda *_: self._tick()))
-                handles.append(layer.register_forward_hook(lambda *_: self._tick()))
-            handles.append(layer.register_forward_pre_hook(lambda *_, key=key: self._enter(key)))
-            handles.append(layer.register_forward_hook(lambda *_: self._leave()))
-        self._running = [(FRAMEWORK, None)]
-        self._last = time.perf_counter()
+            watched.append((layer, layer.__dict__.get("forward")))
+            layer.forward = _watched(layer.forward, (stage, block_of(name)), self._marks)  # a hook would send the call a longer way
+        self.begin()
         try:
             yield
         finally:
-            self._tick()
-            for handle in handles:
-                handle.remove()
+            end = time.perf_counter()
+            for layer, own in watched:
+                del layer.forward
+                if own is not None:
+                    layer.forward = own
+            self._read(end)
 
     def begin(self) -> None:
         """Forget what has passed so far."""
-        self.seconds, self.events = {}, {}
-        self._last = time.perf_counter()
+        self._marks.clear()
+        self._start = time.perf_counter()
 
     def by_stage(self) -> dict[str, float]:
         """Return the seconds of each stage, of all blocks together."""
@@ -75,20 +69,34 @@ class StageClock:
             found[stage] = found.get(stage, 0.0) + seconds
         return found
 
-    def _enter(self, key: tuple[str, int | None]) -> None:
-        self._tick()
-        self._running.append(key)
+    def _read(self, end: float) -> None:
+        """Give what has passed between two marks to the stage that was running."""
+        running: list[tuple[str, int | None]] = [(FRAMEWORK, None)]
+        last = self._start
+        for entered, now in zip(self._marks[::2], self._marks[1::2], strict=True):
+            key = running[-1]
+            self.seconds[key] = self.seconds.get(key, 0.0) + now - last
+            self.events[key[0]] = self.events.get(key[0], 0) + 1
+            last = now
+            if entered is None:
+                running.pop()
+            else:
+                running.append(entered)
+        self.seconds[running[0]] = self.seconds.get(running[0], 0.0) + end - last
 
-    def _leave(self) -> None:
-        self._tick()
-        self._running.pop()
 
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        key = self._running[-1]
-        self.seconds[key] = self.seconds.get(key, 0.0) + now - self._last
-        self.events[key[0]] = self.events.get(key[0], 0) + 1
-        self._last = now
+def _watched(forward: Callable[..., Any], key: tuple[str, int | None], marks: list[Any]) -> Callable[..., Any]:
+    add, clock = marks.append, time.perf_counter
+
+    def call(*args: Any, **named: Any) -> Any:
+        add(key)
+        add(clock())
+        output = forward(*args, **named)
+        add(None)
+        add(clock())
+        return output
+
+    return update_wrapper(call, forward)
 
 
 def stages_of(module: nn.Module) -> dict[str, str]:
@@ -134,23 +142,22 @@ def block_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def event_costs_s(repeats: int = 2000) -> tuple[float, float]:
-    """Return what one entry or exit costs where nothing else is done, and what a second reading of the time there adds to it."""
-    module = nn.Sequential(nn.Linear(1, 1))
-    module[0].forward = lambda x: x
+def event_cost_s(repeats: int = 2000) -> float:
+    """Return what one entry or exit costs: half the difference of calling a module that does nothing, with and without the clock."""
+    module = nn.Sequential(nn.Identity(), nn.Linear(1, 1))
+    layer, nothing = module[1], nn.Identity()
+    layer.forward = nothing.forward
 
     def calls_s() -> float:
         start = time.perf_counter()
         for _ in range(repeats):
-            module[0](None)
+            layer(None)
         return time.perf_counter() - start
 
     plain = median(calls_s() for _ in range(5))
     with StageClock(module).running():
-        once = median(calls_s() for _ in range(5))
-    with StageClock(module, twice=True).running():
-        twice = median(calls_s() for _ in range(5))
-    return max(0.0, once - plain) / repeats / 2, max(0.0, twice - once) / repeats / 2
+        watched = median(calls_s() for _ in range(5))
+    return max(0.0, watched - plain) / repeats / 2
 
 
 def _output_head(module: Any) -> nn.Module | None:

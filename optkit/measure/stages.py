@@ -1,17 +1,16 @@
 """The stages of a request: how long each takes, what it must compute and read, and how near that is to what the machine can do.
 
-A phase is timed untouched, watched, and watched with every time read twice, in turn. Watching by Python costs some microseconds an entry
-into a module; the second reading tells how many in this place, they are taken off again, and what remains of the difference is told. The
-native step counts its stages itself, for next to nothing.
+A phase is timed untouched and watched, in turn. Watching by Python costs about a microsecond an entry into a module; these are measured and
+taken off again, and what remains of the difference is told. The native step counts its stages itself, for next to nothing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 
 from optkit.engines import CompiledEngine, CompiledForward, NativeEngine
 from optkit.kernels.decoder import STAGES as NATIVE_STAGES
-from optkit.measure.clock import FRAMEWORK, StageClock, event_costs_s
+from optkit.measure.clock import FRAMEWORK, StageClock, event_cost_s
 from optkit.measure.contract import Opened
 from optkit.measure.counters import Counters, energy_joules, ticks_per_second
 from optkit.measure.traffic import read_bandwidth, weight_bytes_per_token
@@ -28,7 +27,6 @@ from optkit.measure.work import Forward, Work, work_of
 SAMPLING, GRAPH, _WAITING = "sampling", "compiled graph", "communication"
 _MOST_SWEPT_BYTES = 2**30
 _STEPS_IN_A_ROW = 4
-_MANY_ENTRIES = 16  # in one piece of work, from which on their cost can be told from its noise
 _MATRIX = 1536  # of the products that tell the peak
 
 
@@ -80,10 +78,10 @@ def profile(arm: Opened, prompt_tokens: int, new_tokens: int, batch_size: int, r
         batch = arm.task.batch(arm.subject, batch_size)
         length = max((tensor.shape[1] for tensor in batch.values() if tensor.ndim > 1), default=1)
         arm.engine.forward(batch)
-        triples = [watch.run(lambda: arm.engine.forward(batch)) for _ in range(rounds)]
+        pairs = [watch.run(lambda: arm.engine.forward(batch)) for _ in range(rounds)]
         whole: Callable[[], Any] = partial(arm.engine.forward, batch)
         work = work_of(arm.subject.module, Forward(batch_size, length, only_last=False))
-        phases = {"forward": watch.phase(triples, watch.event_cost_s(triples), work)}
+        phases = {"forward": watch.phase(pairs, work)}
     else:
         phases = _generation(arm, watch, prompt_tokens, new_tokens, batch_size, rounds)
         prompts = _request(arm, prompt_tokens, batch_size)
@@ -95,19 +93,13 @@ def profile(arm: Opened, prompt_tokens: int, new_tokens: int, batch_size: int, r
 
 
 @dataclass(frozen=True)
-class _Triple:
-    """One piece of work: untouched, watched, and watched with every time read twice."""
+class _Pair:
+    """One piece of work, untouched and watched."""
 
     plain_s: float
     watched_s: float
-    twice_s: float
     seconds: Mapping[tuple[str, int | None], float]
     events: Mapping[str, float]
-
-    @property
-    def entries(self) -> float:
-        """Entries into modules and exits, of all stages."""
-        return sum(self.events.values())
 
 
 class _Watch:
@@ -118,10 +110,10 @@ class _Watch:
         self._alone = arm.subject.mesh.parts == 1
         self.module = arm.subject.module
         self.ticks_per_second = ticks_per_second()
-        self._costs = event_costs_s()
+        self._event_cost_s = event_cost_s()
 
-    def run(self, work: Callable[[], Any], sampled: bool = False, warm: bool = True, times: int = 1) -> _Triple:
-        """Do a piece of work untouched, watched, and watched twice over, so many times each.
+    def run(self, work: Callable[[], Any], sampled: bool = False, warm: bool = True, times: int = 1) -> _Pair:
+        """Do a piece of work untouched, then watched.
 
         Args:
             work: what is done.
@@ -132,18 +124,10 @@ class _Watch:
         if warm:
             work()
         plain = self._time(work, sampled, times)[0]
-        watched, seconds, events = self._watched(work, sampled, warm, times, twice=False)
-        twice, _, _ = self._watched(work, sampled, warm, times, twice=True)
-        each = {key: value / times for key, value in seconds.items()}
-        return _Triple(plain / times, watched / times, twice / times, each, {name: count / times for name, count in events.items()})
-
-    def _watched(
-        self, work: Callable[[], Any], sampled: bool, warm: bool, times: int, *, twice: bool
-    ) -> tuple[float, dict[tuple[str, int | None], float], dict[str, int]]:
         ticks = torch.zeros(len(NATIVE_STAGES), dtype=torch.int64)
         if isinstance(self._engine, NativeEngine):
             self._engine.watch(ticks)
-        clock = StageClock(self.module, twice)
+        clock = StageClock(self.module)
         with clock.running():
             if warm:
                 work()
@@ -161,7 +145,8 @@ class _Watch:
         seconds[FRAMEWORK, None] = max(0.0, seconds.get((FRAMEWORK, None), 0.0) - known)
         if sampling:
             seconds[SAMPLING, None] = sampling
-        return watched, seconds, clock.events
+        each = {key: value / times for key, value in seconds.items()}
+        return _Pair(plain / times, watched / times, each, {name: count / times for name, count in clock.events.items()})
 
     def _time(self, work: Callable[[], Any], sampled: bool, times: int) -> tuple[float, float]:
         choosing = 0.0
@@ -174,22 +159,16 @@ class _Watch:
                 choosing += time.perf_counter() - before
         return time.perf_counter() - start, choosing
 
-    def event_cost_s(self, triples: Sequence[_Triple]) -> float:
-        """Return what an entry costs in this module: in a loop of nothing, times what a second reading costs here against there."""
-        alone, again = self._costs
-        here = [(triple.twice_s - triple.watched_s) / triple.entries for triple in triples if triple.entries >= _MANY_ENTRIES]
-        return alone * max(0.0, median(here)) / again if here and again else alone
-
-    def phase(self, triples: list[_Triple], event_cost_s: float, work: Mapping[str, Work]) -> Phase:
-        """Return the phase that these are of, from the quicker half of them: what else the machine did is left out."""
-        quickest = sorted(triples, key=lambda triple: triple.watched_s)[: -(-len(triples) // 2)]
-        plain_s = sorted(triple.plain_s for triple in triples)[: len(quickest)]
+    def phase(self, pairs: list[_Pair], work: Mapping[str, Work]) -> Phase:
+        """Return the phase that these pairs are of, from the quicker half of them: what else the machine did is left out."""
+        quickest = sorted(pairs, key=lambda pair: pair.watched_s)[: -(-len(pairs) // 2)]
+        plain_s = sorted(pair.plain_s for pair in pairs)[: len(quickest)]
         compiled = isinstance(self._engine, CompiledEngine | CompiledForward)
-        keys = dict.fromkeys(key for triple in triples for key in triple.seconds)
+        keys = dict.fromkeys(key for pair in pairs for key in pair.seconds)
         spent = {}
         for key in keys:
-            costs = [triple.events.get(key[0], 0) * event_cost_s * _share(triple, key) for triple in quickest]
-            spent[key] = max(0.0, mean(triple.seconds.get(key, 0.0) for triple in quickest) - mean(costs))
+            costs = [pair.events.get(key[0], 0) * self._event_cost_s * _share(pair, key) for pair in quickest]
+            spent[key] = max(0.0, mean(pair.seconds.get(key, 0.0) for pair in quickest) - mean(costs))
         stages: dict[str, StageTime] = {}
         for stage in dict.fromkeys(key[0] for key in keys):
             blocks = sorted((block, value) for (name, block), value in spent.items() if name == stage and block is not None)
@@ -198,14 +177,14 @@ class _Watch:
             name = GRAPH if compiled and stage == FRAMEWORK else stage
             cycles = None if self.ticks_per_second is None else seconds * self.ticks_per_second
             stages[name] = StageTime(seconds * 1e3, done.flops, done.bytes, cycles, tuple(value * 1e3 for _, value in blocks))
-        total, watched = mean(plain_s) * 1e3, mean(triple.watched_s for triple in quickest) * 1e3
+        total, watched = mean(plain_s) * 1e3, mean(pair.watched_s for pair in quickest) * 1e3
         order = sorted(stages.items(), key=lambda item: (item[0] in (FRAMEWORK, GRAPH), -item[1].ms))
         return Phase(total, sum(stage.ms for stage in stages.values()), watched, dict(order))
 
 
-def _share(triple: _Triple, key: tuple[str, int | None]) -> float:
+def _share(pair: _Pair, key: tuple[str, int | None]) -> float:
     """Return the share of a stage's entries and exits that belongs to one block of it: all blocks are entered equally often."""
-    return 1 / sum(1 for stage, _ in triple.seconds if stage == key[0])
+    return 1 / sum(1 for stage, _ in pair.seconds if stage == key[0])
 
 
 def _generation(arm: Opened, watch: _Watch, prompt_tokens: int, new_tokens: int, batch_size: int, rounds: int) -> dict[str, Phase]:
@@ -215,18 +194,17 @@ def _generation(arm: Opened, watch: _Watch, prompt_tokens: int, new_tokens: int,
     tokens = engine.first(request)
     for _ in engine.further(tokens, 2):
         pass
-    first: list[_Triple] = []
-    later: list[_Triple] = []
+    first: list[_Pair] = []
+    later: list[_Pair] = []
     for _ in range(rounds):
         first.append(watch.run(lambda: engine.prefill(request), sampled=True, warm=False))
         step = partial(engine.step, engine.first(request))
-        later += [watch.run(step, sampled=True, times=_STEPS_IN_A_ROW) for _ in range(max(1, new_tokens // (3 * _STEPS_IN_A_ROW)))]
+        later += [watch.run(step, sampled=True, times=_STEPS_IN_A_ROW) for _ in range(max(1, new_tokens // (2 * _STEPS_IN_A_ROW)))]
     engine.reset()
     past = length + new_tokens // 2 + 1  # half of the positions that the steps see
-    cost_s = watch.event_cost_s([*first, *later])
     return {
-        "prefill": watch.phase(first, cost_s, work_of(module, Forward(batch_size, length))),
-        "decode": watch.phase(later, cost_s, work_of(module, Forward(batch_size, 1, past))),
+        "prefill": watch.phase(first, work_of(module, Forward(batch_size, length))),
+        "decode": watch.phase(later, work_of(module, Forward(batch_size, 1, past))),
     }
 
 
