@@ -281,4 +281,17 @@ def _notes(recipe: Recipe, results: dict[str, Any], arms: _Arms) -> tuple[str, .
         for name, before in arms.sampled.get(BASELINE, {}).items()
         if before.timed and name in arms.sampled.get(OPTIMIZED, {})
     }
-    return (*notes, *foretold(recipe, ends))
+    return (*notes, *_last_step(recipe, arms), *foretold(recipe, ends))
+
+
+def _last_step(recipe: Recipe, arms: _Arms) -> Iterator[str]:
+    """Tell what the last of several steps did to the time that is judged, in the rounds that the arm before it took part in."""
+    before = arms.sampled.get(f"{STEP}{len(recipe.transforms) - 1}", {})
+    for key in before.keys() & {"tpot_ms", "latency_ms", "mix_ms"}:
+        other, mine = before[key], arms.sampled[OPTIMIZED][key]
+        after = {column: values[:: other.every] for column, values in mine.columns.items()}
+        found = statistics.ratio(mine.metric, other.columns, after)
+        if found is not None:
+            name, rounds = recipe.transforms[-1].step().name, len(next(iter(other.columns.values())))
+            ends = f"{math.exp(found.log):.3g} [{found.low:.3g}, {found.high:.3g}]"
+            yield f"{name} by itself, against what stood before it: {key} {ends}, in {rounds} rounds"
