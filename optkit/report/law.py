@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from optkit.core import files
 from optkit.measure.law import Law, Point
+from optkit.report.drawing import drawn
 from optkit.report.metrics import number
 from optkit.report.table import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SCHEMA = 1
 _TOLD = {
@@ -110,14 +111,8 @@ def write_law(report: LawReport, folder: Path) -> None:
 
 def pictures(each: KindOfLaw, machine: str) -> str:
     """Return SVG text: time of the first and of later tokens against the size of the model, and tokens a second; points and law."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
-    target = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": each.kind, "font.size": 9.0}):
-        figure = Figure(figsize=(11, 7.5), layout="constrained")
-        FigureCanvasSVG(figure)
+    def draw(figure: Figure) -> None:
         axes = figure.subplots(2, 2)
         batches = sorted({point.batch for point in each.points})
         draws: Sequence[tuple[Axes, str, int, str, Callable[[Point, float], float]]] = [
@@ -129,8 +124,8 @@ def pictures(each: KindOfLaw, machine: str) -> str:
         for place, phase, batch, label, value in draws:
             _draw(place, each, phase, batch, label, value)
         figure.suptitle(f"{each.kind} on {machine}: points are measured, lines are the law", fontsize=10)
-        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
-    return target.getvalue()
+
+    return drawn(draw, (11, 7.5), each.kind)
 
 
 def _draw(axes: Axes, each: KindOfLaw, phase: str, batch: int, label: str, value: Callable[[Point, float], float]) -> None:

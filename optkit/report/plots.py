@@ -5,16 +5,15 @@ At most ``DRAWN`` samples of an arm are drawn, evenly chosen from the smallest t
 
 from __future__ import annotations
 
-import io
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
 import numpy as np
 
+from optkit.report.drawing import drawn
 from optkit.report.metrics import number
 from optkit.report.text import plain
 
@@ -28,13 +27,7 @@ _INK = "#010203"
 _PAPER = "#030201"
 _LEAST_SPAN = 0.1  # of the middle value
 _COLORS = tuple(f"#0102{index:02x}" for index in range(16, 16 + len(MARKERS)))
-_SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 10.0,
-    "text.parse_math": False,
-    "path.simplify": False,
-    "axes.unicode_minus": False,
-}
+_SETTINGS = {"font.size": 10.0, "text.parse_math": False, "path.simplify": False}
 
 
 @dataclass(frozen=True)
@@ -123,23 +116,15 @@ def _strip(axes: Axes, row: int, taken: np.ndarray, end: float) -> None:
 
 def _svg(draw: Callable[[Figure], dict[str, str]], inches: tuple[float, float], salt: str) -> str:
     """Draw and return SVG text for use inside a page: colors as CSS variables, tool tips, no foreign address."""
-    from matplotlib import rc_context, rcdefaults, rcParams
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+    titles: dict[str, str] = {}
 
-    target = io.StringIO()
-    with rc_context(), warnings.catch_warnings():
-        rcdefaults()
-        rcParams.update({**_SETTINGS, "svg.hashsalt": salt})
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure = Figure(figsize=inches, layout="constrained")
-        FigureCanvasSVG(figure)
+    def styled(figure: Figure) -> None:
         figure.patch.set_visible(False)
-        titles = draw(figure)
+        titles.update(draw(figure))
         for axes in figure.axes:
             _style(axes)
-        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _for_page(target.getvalue(), titles, salt)
+
+    return _for_page(drawn(styled, inches, salt, _SETTINGS), titles, salt)
 
 
 def _style(axes: Axes) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from optkit.report.drawing import drawn
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _WIDTH, _ROW, _FRAME = 9.0, 0.55, 1.5  # inches
 _NAMED = 4.0  # per cent; a smaller share has no number in it
@@ -11,15 +16,9 @@ _NAMED = 4.0  # per cent; a smaller share has no number in it
 
 def stacked_bars(bars: Mapping[str, Mapping[str, float]], axis: str, title: str) -> str:
     """Return SVG text: one bar for each name, its parts as shares of their sum, the same color for the same part."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
-    target = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9.0}):
-        figure = Figure(figsize=(_WIDTH, _FRAME + _ROW * len(bars) + 0.18 * len(parts) / 4), layout="constrained")
-        FigureCanvasSVG(figure)
+
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
         starts = dict.fromkeys(bars, 0.0)
         for number, part in enumerate(parts):
@@ -36,5 +35,5 @@ def stacked_bars(bars: Mapping[str, Mapping[str, float]], axis: str, title: str)
         axes.set_title(title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
-    return target.getvalue()
+
+    return drawn(draw, (_WIDTH, _FRAME + _ROW * len(bars) + 0.18 * len(parts) / 4), title)
