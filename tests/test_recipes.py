@@ -63,7 +63,7 @@ QUICKER = {
 FEW_ITEMS = {
     "translation-composed": ("task.translation.items=60",),
     "qa-composed": ("task.question-answering.items=60",),
-    "summarization-composed": ("task.summarization.items=60",),
+    "summarization-composed": ("task.summarization.items=60", "task.summarization.packages=0"),
     "gpt2-composed": ("task={text-generation: {windows: 60}}",),
 }
 TEXTS = "optkit/harness/*.py"  # a small corpus: that of the standard library takes every process some seconds
@@ -126,7 +126,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
         monkeypatch.setattr(stages, "Workers", workers)
         if recipe.stem not in WITH_ALL_ARMS:
             monkeypatch.setattr(stages, "_REFERENCES", ())
-            monkeypatch.setattr(stages.Stages, "_unaffordable", lambda self, names, ranks: [name for name in names if name.startswith("step-")])
+            monkeypatch.setattr(
+                stages.Stages, "_unaffordable", lambda self, names, ranks: [name for name in names if name.startswith("step-")]
+            )
         optkit.run(recipe, quick=True, out=tmp_path, overrides=(*SHORT, *overrides))
         (folder,) = (tmp_path / recipe.stem).iterdir()
         files.verify(folder)
