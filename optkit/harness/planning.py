@@ -13,7 +13,6 @@ from optkit.harness.checking import check_recipe, outline_of
 from optkit.harness.machine import known_laws
 from optkit.kernels.int4 import Int4Linear
 from optkit.kernels.int8 import Int8Embedding, Int8Linear
-from optkit.kernels.low_rank import LowRankLinear
 from optkit.kernels.w8a8 import W8A8Linear
 from optkit.measure.latency import Latency
 from optkit.measure.law import Law, Load
@@ -30,7 +29,7 @@ _RUNTIME_BYTES = 300 * 2**20  # Python with its libraries, resident
 _GAIN = 0.95  # a predicted ratio above this is none
 _OWN_WAYS = {"offload", "ensemble", "draft", "adaptive", "kv_cache", "prompt_lookup"}
 # Layers by the law that they follow; "": that of the floats around them.
-_PACKED: dict[type, str] = {Int8Linear: "int8", W8A8Linear: "int8", Int8Embedding: "", Int4Linear: "int4", LowRankLinear: ""}
+_PACKED: dict[type, str] = {Int8Linear: "int8", W8A8Linear: "int8", Int8Embedding: "", Int4Linear: "int4"}
 _PROMPTS = 128  # tokens of an item, where the task decides and no text has been read
 
 

@@ -35,7 +35,8 @@ class Compile(Transform):
             raise TransformError("the model is compiled already; name compile once")
         beside = next((step.name for step in plan.subject.history if step.name in ("draft", "adaptive")), None)
         if beside is not None:
-            raise TransformError(f"{beside} has chosen how its models are executed; name compile before it, or leave it out")
+            remedy = "name compile before it" if beside == "adaptive" else "leave compile out"
+            raise TransformError(f"{beside} has chosen how its models are executed; {remedy}")
         if plan.subject.kind == "seq2seq-lm":
             raise TransformError(
                 "an encoder with a decoder runs by its own forward, and no compiled engine knows it yet; leave out compile"
