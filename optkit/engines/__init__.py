@@ -21,8 +21,12 @@ from optkit.engines.parallel.part import Part
 from optkit.engines.pipelined import PipelineEngine
 from optkit.engines.reusing import ReusingEngine
 from optkit.engines.seq2seq import Seq2SeqEngine
+from optkit.engines.sliding_window import SlidingWindowEngine
 from optkit.engines.speculative import SpeculativeEngine
+from optkit.engines.static_cache import StaticCacheEngine
 from optkit.kernels.peers import SharedPeers
+
+OWN_FORWARD = frozenset(("prefix_cache", "chunked_prefill", "prompt_lookup", "draft", "adaptive", "static_cache", "sliding_window"))
 
 
 def engine_for(subject: Subject, part: Part | None = None) -> Engine | ForwardEngine:
@@ -59,6 +63,12 @@ def engine_for(subject: Subject, part: Part | None = None) -> Engine | ForwardEn
     if draft is not None:
         model, other = subject.module.members  # type: ignore[misc]
         return DraftEngine(model, NativeEngine(other) if refusal(other) is None else EagerEngine(other), draft["tokens"])
+    static = next((step.settings for step in subject.history if step.name == "static_cache"), None)
+    sliding = next((step.settings for step in subject.history if step.name == "sliding_window"), None)
+    if static is not None:
+        return StaticCacheEngine(subject.module, **static)
+    if sliding is not None and backend is None:
+        return SlidingWindowEngine(subject.module, **sliding)
     reuse = _reuse(subject)
     lookup = next((step.settings for step in subject.history if step.name == "prompt_lookup"), None)
     if lookup is not None:
@@ -68,11 +78,13 @@ def engine_for(subject: Subject, part: Part | None = None) -> Engine | ForwardEn
     if backend is None:
         return EagerEngine(subject.module) if cache is None else KvCacheEngine(subject.module, **cache)
     if backend == "native" or (backend == "auto" and refusal(subject.module, part=part) is None):
-        return NativeEngine(subject.module, cache, part, reuse)
+        return NativeEngine(subject.module, cache, part, reuse, sliding)
     if part is not None:
         raise TransformError(f"compiled steps cannot run on shards: {refusal(subject.module, part=part)}; leave out compile")
     if cache is not None:
         raise TransformError("graphs of torch.compile keep their own cache of floats; leave out compile or kv_cache")
+    if sliding is not None:
+        raise TransformError("graphs of torch.compile keep all positions; leave out compile or sliding_window")
     return CompiledEngine(subject.module)
 
 
@@ -114,7 +126,7 @@ def refusal_of_parts(subject: Subject, mesh: Mesh) -> str | None:
         reason = "no graph of torch.compile has sums over processes" if backend == "inductor" else refusal(subject.module)
         if reason is not None:
             return f"compiled steps cannot run on shards: {reason}; leave out compile"
-    own = sorted(names & {"prefix_cache", "chunked_prefill", "prompt_lookup", "draft", "adaptive"})
+    own = sorted(names & OWN_FORWARD)
     if mesh.parts > 1 and own:
         return f"a part of a model takes whole prompts; leave out {' and '.join(own)}"
     if mesh.parts > 1 and "offload" in names:
@@ -139,6 +151,7 @@ def _told(engine: Engine | ForwardEngine) -> str | None:
         return f"stages of {counts} blocks, {engine.part.micro_batches} micro-batches, by the model's own forward"
     if isinstance(engine, NativeEngine):
         kept = f", keys and values in {engine.cache_bits} bits" if engine.cache_bits else ""
+        kept += f", {_cut(engine.sliding)}" if engine.sliding else ""
         return f"steps of one token in one call of optkit's kernels, in float32{kept}; prompts by the model's own forward"
     if isinstance(engine, BucketedForward):
         inner = _told(engine.inner) or "the model's own forward"
@@ -153,6 +166,10 @@ def _told(engine: Engine | ForwardEngine) -> str | None:
     if isinstance(engine, ReusingEngine):
         pieces = f"prompts in pieces of {engine.chunk} tokens" if engine.chunk else "whole prompts"
         return f"the model's own forward, {pieces}" + (f", beginnings of the last {engine.entries} kept" if engine.entries else "")
+    if isinstance(engine, StaticCacheEngine):
+        return "the model's own forward, keys and values written into room that is taken beforehand"
+    if isinstance(engine, SlidingWindowEngine):
+        return f"the model's own forward, {_cut((engine.positions, engine.sinks))}"
     if isinstance(engine, KvCacheEngine):
         recent = f", the {engine.keep_recent} most recent positions as they are" if engine.keep_recent else ""
         return f"the model's own forward, keys and values kept in {engine.bits} bits{recent} and given to attention as floats"
@@ -163,6 +180,11 @@ def _told(engine: Engine | ForwardEngine) -> str | None:
         chosen = f" (not by optkit's kernels: {reason})" if reason else ""
         return f"steps of one token as one graph of torch.compile{chosen}; prompts by the model's own forward"
     return "the module as graphs of torch.compile" if isinstance(engine, CompiledForward) else None
+
+
+def _cut(sliding: tuple[int, int]) -> str:
+    positions, sinks = sliding
+    return f"keys and values of the last {positions} positions" + (f" and the first {sinks}" if sinks else "")
 
 
 __all__ = [
@@ -180,7 +202,9 @@ __all__ = [
     "PipelineEngine",
     "ReusingEngine",
     "Seq2SeqEngine",
+    "SlidingWindowEngine",
     "SpeculativeEngine",
+    "StaticCacheEngine",
     "engine_for",
     "refusal_of_parts",
     "told",

@@ -19,6 +19,7 @@ from optkit.engines.held import held_bytes
 from optkit.engines.kv_cache import KvCacheEngine
 from optkit.engines.parallel.part import Part
 from optkit.engines.reusing import ReusingEngine
+from optkit.engines.sliding_window import SlidingWindowEngine
 from optkit.kernels.decoder import BlockParts, Decoder, DecoderParts
 from optkit.kernels.native import explain, native
 from optkit.kernels.peers import SharedPeers
@@ -40,10 +41,12 @@ class NativeEngine(Greedy):
         cache: Mapping[str, Any] | None = None,
         part: Part | None = None,
         reuse: Mapping[str, Any] | None = None,
+        sliding: Mapping[str, Any] | None = None,
     ) -> None:
         """Take a causal language model, and the settings of ``kv_cache`` where its cache is quantized.
 
-        ``part`` says of a shard what it is, and who has the others; ``reuse`` how prompts are taken, as ``ReusingEngine`` asks for it.
+        ``part`` says of a shard what it is, and who has the others; ``reuse`` how prompts are taken, as ``ReusingEngine``
+        asks for it; ``sliding`` which positions are kept, as ``SlidingWindowEngine`` does.
 
         Raises:
             TransformError: it is not one that the kernels know; see ``refusal``.
@@ -54,6 +57,7 @@ class NativeEngine(Greedy):
         self.module = module.eval()
         self.cache_bits = 0 if cache is None else int(cache["bits"])
         self._cache = cache
+        self.sliding = None if sliding is None else (int(sliding["positions"]), int(sliding["sinks"]))
         self._eager = self._plain() if not reuse else ReusingEngine(module, **reuse)
         self._part = part if part is not None and part.peers is not None else None
         self._parts = _parts(module, self._part)
@@ -76,19 +80,22 @@ class NativeEngine(Greedy):
         logits = prompts.prefill(input_ids)
         self._batch, self._position = input_ids.shape
         decoder = self._room_for(self._batch, self._position + 1)
+        held = self._position if self.sliding is None else min(self._position, sum(self.sliding))
         for layer, keys, values in zip(prompts.cache.layers, decoder.keys, decoder.values, strict=True):
             if self.cache_bits:
-                _fill(keys, layer.packed_keys, self._position)
-                _fill(values, layer.packed_values, self._position)
+                _fill(keys, layer.packed_keys, held)
+                _fill(values, layer.packed_values, held)
             else:
-                _fill(keys, (layer.keys,), self._position)
-                _fill(values, (layer.values,), self._position)
+                _fill(keys, (layer.keys,), held)
+                _fill(values, (layer.values,), held)
         prompts.reset()
         return logits
 
     def is_like(self, other: Any) -> bool:
         """Say whether another engine keeps the same of a past: keys and values of as many layers and heads, in the same bits."""
-        if not isinstance(other, NativeEngine) or self._part is not None or other._part is not None or self._cache != other._cache:
+        if not isinstance(other, NativeEngine) or self._part is not None or other._part is not None:
+            return False
+        if (self._cache, self.sliding) != (other._cache, other.sliding):
             return False
         mine, theirs = self._parts, other._parts
         return (len(mine.blocks), mine.kv_heads, mine.head_size) == (len(theirs.blocks), theirs.kv_heads, theirs.head_size)
@@ -131,16 +138,21 @@ class NativeEngine(Greedy):
             self._eager.forget()
 
     def _plain(self) -> EagerEngine:
+        if self.sliding is not None:
+            return SlidingWindowEngine(self.module, *self.sliding)
         return EagerEngine(self.module) if self._cache is None else KvCacheEngine(self.module, **self._cache)
 
     def _room_for(self, batch: int, positions: int) -> Decoder:
         """Return a decoder for so many positions; what the last one held of these sequences is kept."""
         old = self._decoder
-        if old is not None and old.batch == batch and positions <= old.capacity:
+        if old is not None and old.batch == batch and positions <= old.positions:
             return old
-        capacity = -(-max(positions, 2 * old.capacity if old is not None and old.batch == batch else 0) // _ROUND_TO) * _ROUND_TO
-        cosine, sine = _rotation(self.module, capacity)
-        made = Decoder(self._parts, batch, cosine, sine, self.cache_bits, self._groups)
+        whole = -(-max(positions, 2 * old.positions if old is not None and old.batch == batch else 0) // _ROUND_TO) * _ROUND_TO
+        rotation = _rotation(self.module, whole)
+        if old is not None and old.batch == batch and self.sliding is not None:
+            old.turn_by(rotation)
+            return old
+        made = Decoder(self._parts, batch, rotation, self.cache_bits, self._groups, self.sliding)
         made.watch(self._ticks)
         if old is not None and old.batch == batch:
             for before, after in zip((*old.keys, *old.values), (*made.keys, *made.values), strict=True):
@@ -201,6 +213,17 @@ def refuse_compiled_cache(module: nn.Module, backend: str, cache: Mapping[str, A
     reason = "graphs of torch.compile keep floats" if backend == "inductor" else refusal(module, cache)
     if reason is not None:
         raise TransformError(f"compiled steps cannot keep this quantized cache: {reason}; leave out compile or kv_cache")
+
+
+def refuse_compiled_window(module: nn.Module, backend: str) -> None:
+    """Refuse a sliding cache together with compiled steps, where the native step is not asked for or cannot run it.
+
+    Raises:
+        TransformError: with the reason, and what to leave out.
+    """
+    reason = "graphs of torch.compile keep all positions" if backend == "inductor" else refusal(module)
+    if reason is not None:
+        raise TransformError(f"compiled steps cannot keep a sliding cache: {reason}; leave out compile or sliding_window")
 
 
 def _cache_faults(cache: Mapping[str, Any], head_size: int) -> dict[str, bool]:

@@ -100,8 +100,8 @@ def _planned(
     prompt = meter.prompt_tokens if outline.kind == "causal-lm" else _PROMPTS
     generates = outline.kind in GENERATING
     first = load_of(module, Forward(batch, prompt, only_last=generates))
-    later = load_of(module, Forward(batch, 1, prompt + meter.new_tokens // 2))
-    last = load_of(module, Forward(batch, 1, prompt + meter.new_tokens))
+    later = load_of(module, Forward(batch, 1, _kept(outline, prompt + meter.new_tokens // 2)))
+    last = load_of(module, Forward(batch, 1, _kept(outline, prompt + meter.new_tokens)))
     cache = int(last.cache_bytes) if generates else 0
     kind, unlawful = _lawful(outline)
     law = laws.get(kind) if kind else None
@@ -121,6 +121,12 @@ def _planned(
         terms=law.terms(later if generates else first) if law else {},
     )
     return replace(found, warnings=tuple(_warnings(step, outline, found, before, law, later)))
+
+
+def _kept(subject: Subject, positions: int) -> int:
+    """Return how many of so many positions a cache keeps."""
+    window = next((step.settings for step in subject.history if step.name == "sliding_window"), None)
+    return positions if window is None else min(positions, window["positions"] + window["sinks"])
 
 
 def _activations(load: Load) -> int:

@@ -188,14 +188,15 @@ static void attend(const struct decoder *d, const struct block *b, int64_t row, 
                    const float *query, const float *key, const float *value, const struct desk *desk, float *to)
 {
     const int64_t size = d->head_size, from = b->window && at >= b->window ? at - b->window + 1 : 0, heads = last - first_head;
+    const int64_t place = place_of(d, at), last_place = taken_with(d, at) - 1;
     const struct kept keys = kept_of(d, b->keys, b->key_scale, b->key_low, row * d->kv_heads + kv);
     const struct kept values = kept_of(d, b->values, b->value_scale, b->value_low, row * d->kv_heads + kv);
     const float *cosine = d->cosine + at * size, *sine = d->sine + at * size, *mine = key + (row * d->kv_heads + kv) * size;
     float normed[WIDEST_HEAD], turned[WIDEST_HEAD], sums[64][MOST_GROUPS];
     if (b->key_norm) rms_norm(mine, b->key_norm, size, d->epsilon, normed), mine = normed;
     rotate(mine, cosine, sine, size, turned);
-    keep(&keys, at, turned);
-    keep(&values, at, value + (row * d->kv_heads + kv) * size);
+    keep(&keys, place, turned);
+    keep(&values, place, value + (row * d->kv_heads + kv) * size);
     for (int64_t h = 0; h < heads; h++) {
         const float *q = query + (row * d->heads + first_head + h) * size;
         if (b->query_norm) rms_norm(q, b->query_norm, size, d->epsilon, normed), q = normed;
@@ -212,11 +213,11 @@ static void attend(const struct decoder *d, const struct block *b, int64_t row, 
     }
     float *out = to + (row * d->heads + first_head) * size;
     if (d->kv_bits == 8)
-        attend_by(d, &keys, &values, from, at, heads, sums, desk, out, 8);
+        attend_by(d, &keys, &values, from, last_place, heads, sums, desk, out, 8);
     else if (d->kv_bits == 4)
-        attend_by(d, &keys, &values, from, at, heads, sums, desk, out, 4);
+        attend_by(d, &keys, &values, from, last_place, heads, sums, desk, out, 4);
     else
-        attend_by(d, &keys, &values, from, at, heads, sums, desk, out, 0);
+        attend_by(d, &keys, &values, from, last_place, heads, sums, desk, out, 0);
 }
 
 #endif

@@ -205,7 +205,7 @@ INLINE int64_t room_size(struct room r) { return r.normed + r.queries + r.scores
  * room: optkit_decoder_room(...) floats. */
 int optkit_decode(const struct decoder *d, float *hidden, int64_t m, int64_t at, float *logits, float *room, int32_t threads)
 {
-    if (at >= d->capacity)
+    if (at >= d->positions || place_of(d, at) >= d->capacity)
         return OUT_OF_RANGE;
     const int64_t heads = d->heads * d->head_size, kv = d->kv_heads * d->head_size, widest = d->widest > d->hidden ? d->widest : d->hidden;
     struct scratch s = {.hidden = hidden};

@@ -16,7 +16,7 @@ struct block {
     const float *input_norm, *attention_norm; /* (hidden) */
     const float *query_norm, *key_norm;       /* (head_size) or NULL */
     struct dense query, key, value, output, gate, up, down;
-    void *keys, *values; /* (batch, kv_heads, capacity, head_size): float32, or numbers of kv_bits */
+    void *keys, *values; /* (batch, kv_heads, capacity, head_size): float32, or numbers of kv_bits; capacity counts places */
     uint16_t *key_scale, *key_low, *value_scale, *value_low; /* (batch, kv_heads, capacity, kv_groups) bfloat16, for such numbers */
     int64_t window; /* positions that are looked at; 0: all */
 };
@@ -24,14 +24,19 @@ struct block {
 struct decoder {
     const struct block *blocks;
     const float *final_norm;
-    const float *cosine, *sine; /* (capacity, head_size) */
+    const float *cosine, *sine; /* (positions, head_size) */
     struct dense head;
-    int64_t depth, hidden, heads, kv_heads, head_size, widest, capacity; /* widest: outputs of the widest gate */
+    int64_t depth, hidden, heads, kv_heads, head_size, widest, capacity, positions; /* widest: outputs of the widest gate */
+    int64_t sinks, ring;        /* the first positions stay, later ones take turns in so many places; ring 0: all stay */
     struct peers *peers;        /* other processes with shares of the same layers, or NULL */
     int64_t kv_bits, kv_groups; /* 8, 4 or, for float32, 0; groups of channels in a head that share a scale */
     float epsilon, scale;
     uint64_t *ticks; /* (STAGES): where the first thread adds the ticks of each stage, or NULL */
 };
+
+/* The place of a position in the cache, and how many places are taken with it. */
+INLINE int64_t place_of(const struct decoder *d, int64_t at) { return !d->ring || at < d->sinks ? at : d->sinks + (at - d->sinks) % d->ring; }
+INLINE int64_t taken_with(const struct decoder *d, int64_t at) { return !d->ring || at < d->sinks + d->ring ? at + 1 : d->sinks + d->ring; }
 
 enum stage { NORMS, PROJECTIONS, SCORES, FEED_FORWARD, HEAD, COMMUNICATION, STAGES };
 

@@ -35,7 +35,9 @@ class _Decoder(ctypes.Structure):
         ("blocks", ctypes.POINTER(_Block)),
         *((name, _POINTER) for name in ("final_norm", "cosine", "sine")),
         ("head", _Dense),
-        *((name, _COUNT) for name in ("depth", "hidden", "heads", "kv_heads", "head_size", "widest", "capacity")),
+        *((name, _COUNT) for name in ("depth", "hidden", "heads", "kv_heads", "head_size", "widest", "capacity", "positions")),
+        ("sinks", _COUNT),
+        ("ring", _COUNT),
         ("peers", _POINTER),
         ("kv_bits", _COUNT),
         ("kv_groups", _COUNT),
@@ -84,8 +86,24 @@ class DecoderParts:
 class Decoder:
     """Keys and values of some sequences of equal length, and the step that adds one token to each."""
 
-    def __init__(self, parts: DecoderParts, batch: int, cosine: Tensor, sine: Tensor, kv_bits: int = 0, kv_groups: int = 1) -> None:
-        """Take float32 cosine and sine (capacity, head_size); keys and values are float32, or in ``kv_bits`` 8 or 4 as ``kv.Packed`` tells.
+    def __init__(
+        self,
+        parts: DecoderParts,
+        batch: int,
+        rotation: tuple[Tensor, Tensor],
+        kv_bits: int = 0,
+        kv_groups: int = 1,
+        sliding: tuple[int, int] | None = None,
+    ) -> None:
+        """Take what a model is made of, and make room for keys and values.
+
+        Args:
+            parts: of the model.
+            batch: sequences.
+            rotation: float32 cosine and sine (positions, head_size).
+            kv_bits: 0 for keys and values in float32; 8 or 4 as ``kv.Packed`` tells.
+            kv_groups: of channels in a head, for such numbers.
+            sliding: how many last positions are kept, and how many first ones; None for all.
 
         Raises:
             MissingError: the compiled kernels are not here.
@@ -95,7 +113,8 @@ class Decoder:
             raise MissingError("the compiled kernels are not here; optkit.kernels.native.explain() says why")
         self._native = found
         self._kept: list[object] = [parts]
-        self.capacity, self.batch = len(cosine), batch
+        self.positions, self.batch = len(rotation[0]), batch
+        self.capacity = self.positions if sliding is None else sum(sliding)
         places = (batch, parts.kv_heads, self.capacity)
         self.keys = [_empty_cache(places, parts.head_size, kv_bits, kv_groups) for _ in parts.blocks]
         self.values = [_empty_cache(places, parts.head_size, kv_bits, kv_groups) for _ in parts.blocks]
@@ -107,8 +126,6 @@ class Decoder:
         self._struct = _Decoder(
             blocks=self._blocks,
             final_norm=self._floats(parts.final_norm),
-            cosine=self._floats(cosine),
-            sine=self._floats(sine),
             head=self._dense(parts.head),
             depth=len(blocks),
             hidden=hidden,
@@ -117,12 +134,15 @@ class Decoder:
             head_size=parts.head_size,
             widest=max(part.gate.out_features for part in parts.blocks),
             capacity=self.capacity,
+            ring=0 if sliding is None else sliding[0],
+            sinks=0 if sliding is None else sliding[1],
             epsilon=parts.epsilon,
             scale=parts.scale,
             peers=None if parts.peers is None else parts.peers.address,
             kv_bits=kv_bits,
             kv_groups=kv_groups,
         )
+        self.turn_by(rotation)
         self._threads = torch.get_num_threads()
         self._room = torch.empty(found.decoder_room(ctypes.addressof(self._struct), batch, self._threads))
 
@@ -130,6 +150,12 @@ class Decoder:
         """Add the ticks that each of ``STAGES`` takes to an int64 tensor (stages,) from now on; None: no longer."""
         self._struct.ticks = None if ticks is None else ticks.data_ptr()
         self._ticks = ticks  # keeps it alive
+
+    def turn_by(self, rotation: tuple[Tensor, Tensor]) -> None:
+        """Take cosine and sine (positions, head_size) of more positions than before."""
+        self._rotation = [tensor.float().contiguous() for tensor in rotation]
+        self._struct.cosine, self._struct.sine = (tensor.data_ptr() for tensor in self._rotation)
+        self._struct.positions = self.positions = len(rotation[0])
 
     def step(self, hidden: Tensor, position: int) -> Tensor:
         """Take embeddings (b, hidden) of the tokens at a position, and return float32 logits (b, v).
@@ -152,7 +178,7 @@ class Decoder:
         if self._peers is not None and status == PEER_LATE:
             self._peers.refuse_late(status)
         if status:
-            raise IndexError(f"position {position} is beyond the {self.capacity} positions of the cache")
+            raise IndexError(f"position {position} is beyond the {self.positions} positions of the cache")
         return logits
 
     def _block(self, part: BlockParts, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> _Block:

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from optkit.transforms.runtime.offload import Offload as Offload
     from optkit.transforms.runtime.prefix_cache import PrefixCache as PrefixCache
     from optkit.transforms.runtime.prompt_lookup import PromptLookup as PromptLookup
+    from optkit.transforms.runtime.sliding_window import SlidingWindow as SlidingWindow
+    from optkit.transforms.runtime.static_cache import StaticCache as StaticCache
 
 TRANSFORMS: Registry[Transform] = Registry(
     "transform",
@@ -69,6 +71,8 @@ TRANSFORMS: Registry[Transform] = Registry(
         "llm_int8": "optkit.transforms.quantize.llm_int8:LlmInt8",
         "compile": "optkit.transforms.runtime.compile:Compile",
         "kv_cache": "optkit.transforms.runtime.kv_cache:KvCache",
+        "static_cache": "optkit.transforms.runtime.static_cache:StaticCache",
+        "sliding_window": "optkit.transforms.runtime.sliding_window:SlidingWindow",
         "bucketing": "optkit.transforms.runtime.bucketing:Bucketing",
         "chunked_prefill": "optkit.transforms.runtime.chunked_prefill:ChunkedPrefill",
         "prefix_cache": "optkit.transforms.runtime.prefix_cache:PrefixCache",
@@ -114,10 +118,12 @@ __all__ = [
     "PruneHeads",
     "PruneHidden",
     "Qat",
+    "SlidingWindow",
     "Smoothquant",
     "Sparse",
     "Sparsegpt",
     "Stage",
+    "StaticCache",
     "TensorParallel",
     "Transform",
     "Wanda",

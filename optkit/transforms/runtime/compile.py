@@ -12,7 +12,7 @@ from torch import nn
 
 from optkit.core.errors import TransformError
 from optkit.core.subject import Calibration
-from optkit.engines.native import refusal, refuse_compiled_cache
+from optkit.engines.native import refusal, refuse_compiled_cache, refuse_compiled_window
 from optkit.transforms.contract import Plan, Stage, Transform
 
 
@@ -44,6 +44,10 @@ class Compile(Transform):
         cache = next((step.settings for step in plan.subject.history if step.name == "kv_cache"), None)
         if cache is not None:
             refuse_compiled_cache(plan.subject.module, self.backend, cache)
+        if any(step.name == "static_cache" for step in plan.subject.history):
+            raise TransformError("compiled steps write into room that is taken beforehand already; leave out static_cache")
+        if any(step.name == "sliding_window" for step in plan.subject.history):
+            refuse_compiled_window(plan.subject.module, self.backend)
         reason = refusal(plan.subject.module) if self.backend == "native" else None
         if reason is not None:
             raise TransformError(f"the native step cannot run this model: {reason}; use backend: inductor")

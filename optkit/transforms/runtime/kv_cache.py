@@ -13,6 +13,7 @@ from torch import nn
 
 from optkit.core.errors import TransformError
 from optkit.core.subject import Calibration
+from optkit.engines import OWN_FORWARD
 from optkit.engines.kv_cache import refusal
 from optkit.engines.native import refuse_compiled_cache
 from optkit.transforms.contract import Plan, Stage, Transform
@@ -41,6 +42,9 @@ class KvCache(Transform):
             raise TransformError("kv_cache packs what causal language models keep of their past, and this is none; leave it out")
         if self.step().name in history:
             raise TransformError("the cache is quantized already; name kv_cache once")
+        beside = sorted(history.keys() & OWN_FORWARD)
+        if beside:
+            raise TransformError(f"{beside[0]} has an engine of its own, which kv_cache does not reach; leave out one of them")
         reason = refusal(plan.subject.module, self.bits, self.group_size)
         if reason is not None:
             raise TransformError(reason)
