@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from optkit.core.other_work import OtherWork
 
 _REPEATS, _STEPS = 3, 4
 
@@ -51,10 +53,19 @@ class Choice:
 class AdaptiveEngine:
     """Chooses for each request by its sequences and the length of its prompt: one way, or one for the prompt and one for what follows.
 
-    It is judged by the least of its ways.
+    Where ways differ in their threads, those are passed over that want more cores than others leave free: a thread that waits for
+    its core keeps all of them waiting. It is judged by the least of its ways.
     """
 
-    def __init__(self, ways: Mapping[str, Way], vocabulary: int, batches: Sequence[int], prompts: Sequence[int], new_tokens: int) -> None:
+    def __init__(
+        self,
+        ways: Mapping[str, Way],
+        vocabulary: int,
+        batches: Sequence[int],
+        prompts: Sequence[int],
+        new_tokens: int,
+        others: Callable[[], float] | None = None,
+    ) -> None:
         """Take the ways by name.
 
         Args:
@@ -63,6 +74,7 @@ class AdaptiveEngine:
             batches: sequences at once that are measured.
             prompts: lengths of prompts that are measured.
             new_tokens: that a request is expected to ask for.
+            others: tells how many cores are kept busy by others; by default the system is asked.
         """
         self.ways = ways
         self._new_tokens = new_tokens
@@ -71,6 +83,9 @@ class AdaptiveEngine:
         self._vocabulary = vocabulary
         self.chosen = Counter[Choice]()  # how many requests each choice has had
         self._now = self._choices[0]
+        self._cores = torch.get_num_threads()
+        several = len({way.threads or self._cores for way in ways.values()}) > 1
+        self._others = (others or OtherWork().cores) if several else None
 
     @cached_property
     def table(self) -> dict[tuple[int, int], dict[str, Times]]:
@@ -118,10 +133,18 @@ class AdaptiveEngine:
             way.engine.reset()
 
     def best(self, batch: int, prompt: int) -> Choice:
-        """Return what is quickest for requests like the nearest that was measured."""
+        """Return what is quickest now for requests like the nearest that was measured."""
         size = min(self.table, key=lambda size: abs(math.log(size[0] / batch)) + abs(math.log(size[1] / prompt)))
         times = self.table[size]
-        return min(self._choices, key=lambda choice: times[choice.prompt].first_s + (self._new_tokens - 1) * times[choice.later].later_s)
+        return min(self._possible(), key=lambda choice: times[choice.prompt].first_s + (self._new_tokens - 1) * times[choice.later].later_s)
+
+    def _possible(self) -> list[Choice]:
+        """Return the choices whose threads find a core each, as far as others leave any; all where none does."""
+        if self._others is None:
+            return self._choices
+        free = max(1, round(self._cores - self._others()))
+        fitting = {name for name, way in self.ways.items() if (way.threads or self._cores) <= free}
+        return [choice for choice in self._choices if {choice.prompt, choice.later} <= fitting] or self._choices
 
     @property
     def _later(self) -> Way:

@@ -61,6 +61,31 @@ def test_a_long_answer_may_want_another_way_than_a_short_one(two: tuple[Adaptive
     assert str(engine.best(8, 8)) == "few"
 
 
+def test_ways_that_want_cores_which_others_use_are_passed_over(tiny_llama: Any) -> None:
+    busy = [0.0]
+    ways = {"all": Way(EagerEngine(tiny_llama())), "one": Way(EagerEngine(tiny_llama(seed=5)), threads=1)}
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        engine = AdaptiveEngine(ways, 96, (1,), (8,), 10, lambda: busy[0])
+    finally:
+        torch.set_num_threads(before)
+    engine.table = {(1, 8): {"all": Times(1, 1), "one": Times(2, 2)}}
+    found = []
+    for busy[0] in (0.0, 0.4, 0.6, 1.0, 5.0):
+        found.append(str(engine.best(1, 8)))
+    assert found == ["all", "all", "one", "one", "one"]
+
+
+def test_ways_of_as_many_threads_do_not_ask_for_the_load(tiny_llama: Any) -> None:
+    def never() -> float:
+        raise AssertionError
+
+    engine = AdaptiveEngine({"one": Way(EagerEngine(tiny_llama()))}, 96, (1,), (8,), 10, never)
+    engine.table = {(1, 8): {"one": Times(1, 1)}}
+    assert str(engine.best(1, 8)) == "one"
+
+
 @pytest.mark.skipif(native() is None, reason="no kernels")
 def test_one_way_computes_the_prompt_and_another_goes_on(tiny_llama: Any, ids: torch.Tensor) -> None:
     plain, packed = tiny_llama(), Int8().apply(tiny_llama())

@@ -27,7 +27,10 @@ class Way(Variant):
     """A variant of the untouched model, and how it is executed."""
 
     compile: bool = Field(default=True, description="run its steps in optkit's kernels, where these know the model")
-    threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(default=None, description="threads to compute with; default: all")
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        default=None,
+        description="threads to compute with; where ways differ, those are passed over that want cores which others use; default: all",
+    )
 
 
 class Adaptive(Transform):
