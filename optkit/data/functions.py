@@ -1,8 +1,9 @@
-"""Functions of the standard library: what they do, and what they say of it in the first line of their documentation string."""
+"""Functions of the standard library: the words of their code, and what they say of it in the first line of their documentation string."""
 
 from __future__ import annotations
 
 import ast
+import re
 import sysconfig
 import textwrap
 from collections.abc import Iterator
@@ -38,12 +39,14 @@ def library_functions(most: int | None = None) -> Iterator[tuple[str, list[str],
 
 @cache
 def bodies_with_summaries(packages: int = 0) -> Sides[Asked]:
-    """Return the code of functions without their documentation string, and its first line; each file stands on one side.
+    """Return the words of functions without their documentation string, and its first line; each file stands on one side.
 
-    Equal codes and equal summaries count where they are met first.
+    Names are parted into their words, as in LeClair et al. 2019 (arXiv 1902.01954), and signs are left out. Equal texts and equal
+    summaries count where they are met first.
 
     Args:
         packages: files of installed packages, evenly spread over all, whose functions are learnt from as well; the other sides have none.
+            Those that say nothing of themselves are summed up by their names, as in Allamanis et al. 2016 (arXiv 1602.03001).
 
     Raises:
         DataError: this interpreter came without the sources of its library.
@@ -66,7 +69,7 @@ def bodies_with_summaries(packages: int = 0) -> Sides[Asked]:
 
     def of_packages() -> Iterator[Asked]:
         for path in _spread(installed_packages(tests=False), packages):
-            found = (_summarized(lines, function) for lines, function in _functions(path))
+            found = (_summarized(lines, function) or _named(lines, function) for lines, function in _functions(path))
             yield from (item for item in found if item is not None and is_new(item))
 
     if packages:
@@ -87,13 +90,31 @@ def by_file(name: str, items: dict[str, list[Asked]]) -> Sides[Asked]:
 
 
 def _summarized(lines: list[str], function: _Function) -> Asked | None:
-    """Return a function's code with the first line of its documentation string; None where it has none, or little else."""
+    """Return a function's words with the first line of its documentation string; None where it has none, or little else."""
     summary = (ast.get_docstring(function) or "").partition("\n\n")[0].replace("\n", " ").strip()
     rest = function.body[1:]
     if not rest or not _SHORTEST <= len(summary) <= _LONGEST:
         return None
-    body = textwrap.dedent("\n".join(lines[rest[0].lineno - 1 : function.end_lineno]))
-    return Asked(f"def {function.name}({ast.unparse(function.args)}):\n{body}", (summary,))
+    return Asked(_words(lines, function, rest), (summary,))
+
+
+def _named(lines: list[str], function: _Function) -> Asked | None:
+    """Return a function's words with those of its name; None where it says something of itself, or its name is one word."""
+    name = words_of(function.name)
+    if ast.get_docstring(function) or function.name.startswith("__") or " " not in name:
+        return None
+    return Asked(_words(lines, function, function.body), (f"{name.capitalize()}.",))
+
+
+def _words(lines: list[str], function: _Function, body: list[ast.stmt]) -> str:
+    code = textwrap.dedent("\n".join(lines[body[0].lineno - 1 : function.end_lineno]))
+    return words_of(f"def {function.name} {ast.unparse(function.args)} {code}")
+
+
+def words_of(code: str) -> str:
+    """Return the words that names, texts and numbers of a code are made of: "read lines n" of "readLines(n)"."""
+    parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", re.sub(r"[^A-Za-z0-9]+", " ", code))
+    return parted.strip().lower()
 
 
 def _functions(path: Path) -> Iterator[tuple[list[str], _Function]]:

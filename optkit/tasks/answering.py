@@ -69,8 +69,9 @@ class Answering(Supervised):
         """Return an answer that takes no model."""
 
     def needs(self, tokenizer: Any) -> dict[str, Any]:
-        """Return the number of token ids, and the one that ends an answer."""
-        return {"per": "answer", "vocabulary": len(tokenizer), "end": tokenizer.eos_token_id}
+        """Return the number of token ids, the one that ends an answer, and the longest text."""
+        positions = max(self.text_tokens, self.answer_tokens)
+        return {"per": "answer", "vocabulary": len(tokenizer), "end": tokenizer.eos_token_id, "positions": positions}
 
     def examples(self, side: Side, tokenizer: Any) -> Examples:
         """Return token ids of the texts with their mask, those of the first right answer as ``labels``, and numbers of items (items,)."""

@@ -18,7 +18,8 @@ class Summarization(Answering):
     """ROUGE (Lin 2004, https://aclanthology.org/W04-1013), F-measures by torchmetrics, mean over items; and how far the length is off."""
 
     corpus: Literal["functions"] | PairFiles | PairHub = Field(
-        default="functions", description="'functions' are those of the standard library, with the first line of what they say of themselves"
+        default="functions",
+        description="'functions' are the words of those of the standard library, with the first line of what they say of themselves",
     )
     packages: Annotated[int, Field(ge=0)] = Field(
         default=0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,8 +25,10 @@ from optkit.data.documents import files_of
 from optkit.data.hub import hub_rows
 from optkit.data.sides import SIDES, Labelled, Side, Sides, parted
 from optkit.tasks.classes import Score, counts, f1, precision, recall
+from optkit.tasks.contract import DataCard
 from optkit.tasks.naming import places_of
 from optkit.tasks.supervised import Examples, Supervised, logits_of
+from optkit.tasks.windows import windows_of
 
 Length = Annotated[int, Field(ge=4, le=100_000)]
 _MOST_NAMED = 12  # classes, for which each has a metric of its own
@@ -53,11 +56,15 @@ class LabelledHub(Settings):
 class TextClassification(Supervised):
     """Accuracy, precision, recall and F1 of a text's class; macro: all classes count alike."""
 
-    only_judging: ClassVar[frozenset[str]] = frozenset({"called"})
+    only_judging: ClassVar[frozenset[str]] = frozenset({"called", "stride"})
     corpus: Literal["docstrings"] | LabelledFiles | LabelledHub = Field(
         default="docstrings", description="'docstrings' are those of the standard library, by package"
     )
     length: Length = Field(default=64, description="tokens of a text, at most")
+    stride: Length | None = Field(
+        default=None,
+        description="tokens from one window of a longer text to the next; its answer is the mean over all. Default: the first window's",
+    )
     called: Mapping[str, str] = Field(default_factory=dict, description="the model's name for a class, where it has another")
 
     def read(self) -> Sides[Labelled]:
@@ -88,17 +95,31 @@ class TextClassification(Supervised):
         return {"per": "item", "vocabulary": len(tokenizer), "labels": list(self.labels), "positions": self.length}
 
     def examples(self, side: Side, tokenizer: Any) -> Examples:
-        """Return token ids (items, length) with their mask, and class numbers (items,)."""
+        """Return token ids (items, length) with their mask, and class numbers (items,); in windows, (items, windows, length)."""
         items = self.sides.of(side)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        found = tokenizer([item.text for item in items], padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
-        inputs = {name: found[name] for name in ("input_ids", "attention_mask")}
-        return Examples(inputs, torch.tensor([self.labels.index(item.label) for item in items]))
+        texts, answers = [item.text for item in items], torch.tensor([self.labels.index(item.label) for item in items])
+        if self.stride is not None and side == "evaluation":
+            return Examples(windows_of(texts, tokenizer, self.length, self.stride), answers)
+        found = tokenizer(texts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
+        return Examples({name: found[name] for name in ("input_ids", "attention_mask")}, answers)
+
+    def card(self, subject: Subject) -> DataCard:
+        """Describe the evaluated items, and how many are longer than what is read of them."""
+        found = super().card(subject)
+        texts = [item.text for item in self.sides.evaluation]
+        longer = sum(len(ids) > self.length for ids in subject.tokenizer(texts)["input_ids"])
+        told = {"in_windows" if self.stride is not None else "cut_short": longer} if longer else {}
+        return replace(found, detail={**found.detail, **told})
+
+    def batch(self, subject: Subject, size: int) -> Mapping[str, Tensor]:
+        """Return the inputs of evaluated items; of longer texts the first window."""
+        return {name: tensor if tensor.ndim == 2 else tensor[:, 0] for name, tensor in super().batch(subject, size).items()}
 
     def judged(self, subject: Subject, engine: Any, inputs: Mapping[str, Tensor], answers: Tensor) -> dict[str, Tensor]:
         """Return the columns of ``judge`` for a batch, the model's classes in the order of the data's."""
-        logits = logits_of(engine.forward(inputs))
+        logits = logits_of(engine.forward(inputs)) if inputs["input_ids"].ndim == 2 else _mean_over_windows(engine, inputs)
         places = places_of(self.labels, subject, self.called)
         return self.judge(logits if places is None else logits[..., places], answers)
 
@@ -131,6 +152,16 @@ class TextClassification(Supervised):
             *each,
             Metric("agreement", "share", True, lambda c: c["same"].mean(-1), lambda c: c["same"], relative=True),
         )
+
+
+def _mean_over_windows(engine: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean of the logits (items, classes) over the windows of each text; those that only fill up have no part in it."""
+    there = inputs["attention_mask"].any(-1)  # (items, windows)
+    rows = {name: tensor[there] for name, tensor in inputs.items()}
+    pieces = zip(*(tensor.split(len(there)) for tensor in rows.values()), strict=True)
+    logits = torch.cat([logits_of(engine.forward(dict(zip(rows, piece, strict=True)))).float() for piece in pieces])
+    sums = logits.new_zeros(len(there), logits.shape[1]).index_add(0, there.nonzero()[:, 0], logits)
+    return sums / there.sum(1, keepdim=True)
 
 
 def _right(columns: Samples) -> Array:

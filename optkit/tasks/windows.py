@@ -59,3 +59,32 @@ def prompts_of(subject: Subject, stream: Callable[[], Tensor], count: int, lengt
         return torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
     windows = cut(stream(), length, None)
     return spread(windows.repeat(-(-count // len(windows)), 1), count)
+
+
+def windows_of(texts: Sequence[str], tokenizer: Any, length: int, stride: int) -> dict[str, Tensor]:
+    """Return ``input_ids`` and ``attention_mask`` (items, windows, length) of whole texts; windows that a text does not need are masked.
+
+    Args:
+        texts: the items.
+        tokenizer: of transformers, a fast one.
+        length: tokens of a window, those that the tokenizer puts around a text included.
+        stride: tokens of a text from one window's beginning to the next one's.
+    """
+    overlap = max(0, length - tokenizer.num_special_tokens_to_add() - stride)
+    found = tokenizer(
+        list(texts),
+        padding="max_length",
+        truncation=True,
+        max_length=length,
+        stride=overlap,
+        return_overflowing_tokens=True,
+        return_tensors="pt",
+    )
+    owners = found["overflow_to_sample_mapping"]
+    counts = torch.bincount(owners, minlength=len(texts))
+    places = torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]
+    windows = {}
+    for name, filling in (("input_ids", tokenizer.pad_token_id), ("attention_mask", 0)):
+        windows[name] = torch.full((len(texts), int(counts.max()), length), filling)
+        windows[name][owners, places] = found[name]
+    return windows

@@ -126,9 +126,13 @@ def test_functions_of_packages_are_learnt_from_and_never_asked(tmp_path: Path, m
     plain = bodies_with_summaries()
     known = plain.evaluation[0]
     source = f'def new(x):\n    """Return what is new here."""\n    return x\n\n\ndef old():\n    """{known.answers[0]}"""\n    return 1\n'
+    source += "\n\ndef readAll_lines(maxSize=3):\n    return maxSize\n\n\ndef plain(x):\n    return x\n"
     (tmp_path / "package.py").write_text(source)
     monkeypatch.setattr("optkit.data.functions.installed_packages", lambda tests: [tmp_path / "package.py"])
     more = bodies_with_summaries(1)
     assert more.evaluation == plain.evaluation and more.calibration == plain.calibration
     added = more.of("training")[len(plain.training) :]
-    assert [item.answers for item in added] == [("Return what is new here.",)]
+    assert [(item.text, item.answers[0]) for item in added] == [
+        ("def new x return x", "Return what is new here."),
+        ("def read all lines max size 3 return max size", "Read all lines."),
+    ]

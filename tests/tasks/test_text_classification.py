@@ -116,3 +116,33 @@ def test_calibration_shows_no_evaluated_text_and_no_answer(tmp_path: Path, token
     calibrated = {tuple(ids.tolist()) for ids in task.examples("calibration", tokenizer).inputs["input_ids"]}
     assert shown.shape == (5, 8) and {tuple(ids.tolist()) for ids in shown} <= calibrated
     assert not {item.text for item in task.sides.calibration} & {item.text for item in task.sides.evaluation}
+
+
+def test_a_longer_text_is_answered_by_the_mean_over_its_windows(tmp_path: Path, tokenizer: Any) -> None:
+    found = rows()
+    found[0]["text"] = " ".join(f"x = {number}" for number in range(20))
+    task = from_csv(tmp_path, found).model_copy(update={"stride": 5})
+    longest = max(range(len(task.sides.evaluation)), key=lambda item: len(task.sides.evaluation[item].text))
+    if len(task.sides.evaluation[longest].text) < 50:  # the long one stands on another side
+        task.sides.evaluation[longest] = type(task.sides.evaluation[0])(found[0]["text"], found[0]["label"])
+    inputs = task.examples("evaluation", tokenizer).inputs
+    ids = tokenizer(task.sides.evaluation[longest].text)["input_ids"]
+    beginnings = range(0, max(1, len(ids) - 3), 5)  # until a window holds the last token
+    windows = [ids[begin : begin + 8] for begin in beginnings if begin == 0 or begin + 3 < len(ids)]
+    mask = inputs["attention_mask"][longest].bool()
+    assert [row[there].tolist() for row, there in zip(inputs["input_ids"][longest], mask, strict=True) if there.any()] == windows
+    torch.manual_seed(0)
+    module = BilstmClassifier(96, 8, 8, 3).eval()
+    subject = Subject(module, "own", kind="module", tokenizer=tokenizer)
+    columns = task.evaluate(subject, engine_for(subject), Group(), None, None)
+    with torch.inference_mode():
+        logits = module(inputs["input_ids"][longest][mask.any(1)], inputs["attention_mask"][longest][mask.any(1)])
+    assert columns["answer"][longest] == logits.mean(0).argmax()
+    assert task.card(subject).detail["in_windows"] >= 1
+    assert {tensor.shape for tensor in task.batch(subject, 3).values()} == {(3, 8)}
+
+
+def test_texts_that_are_cut_short_are_counted(tmp_path: Path, tokenizer: Any) -> None:
+    task = from_csv(tmp_path, [{"text": row["text"] + " = 1 = 2 = 3 = 4 = 5", "label": row["label"]} for row in rows()])
+    subject = Subject(torch.nn.Identity(), "own", kind="module", tokenizer=tokenizer)
+    assert task.card(subject).detail["cut_short"] == len(task.sides.evaluation)
