@@ -27,7 +27,7 @@ from optkit.transforms import Plan, Transform
 
 _RUNTIME_BYTES = 300 * 2**20  # Python with its libraries, resident
 _GAIN = 0.95  # a predicted ratio above this is none
-_OWN_WAYS = {"offload", "ensemble", "draft", "adaptive", "kv_cache", "prompt_lookup"}
+_OWN_WAYS = {"offload", "ensemble", "draft", "adaptive", "kv_cache", "prompt_lookup", "sparse"}
 # Layers by the law that they follow; "": that of the floats around them.
 _PACKED: dict[type, str] = {Int8Linear: "int8", W8A8Linear: "int8", Int8Embedding: "", Int4Linear: "int4"}
 _PROMPTS = 128  # tokens of an item, where the task decides and no text has been read
