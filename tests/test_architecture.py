@@ -179,9 +179,11 @@ def test_the_public_names_of_the_transforms_stay() -> None:
         "PruneHeads",
         "PruneHidden",
         "Qat",
+        "SlidingWindow",
         "Smoothquant",
         "Sparse",
         "Sparsegpt",
+        "StaticCache",
         "TensorParallel",
         "Wanda",
     ]
