@@ -32,7 +32,7 @@ from optkit.measure.contract import Opened, Session
 from optkit.measure.memory import forget_peak, peak_bytes, resident_bytes
 from optkit.measure.stages import profile
 from optkit.measure.sweep import sweep
-from optkit.measure.traffic import read_bandwidth, weight_bytes_per_token
+from optkit.measure.traffic import parameters_of, read_bandwidth, weight_bytes_per_token
 from optkit.models import artefact
 from optkit.models.networks import Network
 from optkit.models.sources import open_model
@@ -156,7 +156,7 @@ class Arm:
             "execution": subject.execution,
             "opens_in": subject.opens_in,
             "dtype": _dtypes(subject.module),
-            "parameters": _parameters(subject.module),
+            "parameters": parameters_of(subject.module),
             "ranks": self._group.size,
             "parts": mesh.parts,
             "opening_peak_bytes": peak_bytes(self._device),
@@ -277,11 +277,6 @@ def _dtypes(module: torch.nn.Module) -> str:
     total = sum(sizes.values())
     main = sorted((name for name in sizes if sizes[name] * 50 >= total), key=lambda name: -sizes[name])
     return "+".join(main)
-
-
-def _parameters(module: torch.nn.Module) -> int:
-    packed = sum(m.in_features * m.out_features for m in module.modules() if hasattr(m, "weight_bytes") and isinstance(m, torch.nn.Linear))
-    return packed + sum(parameter.numel() for parameter in module.parameters())
 
 
 def _kernels(module: torch.nn.Module, device: torch.device) -> str | None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from optkit.measure.clock import FEED_FORWARD, HEAD, PROJECTIONS, RECURRENT, SCORES
 from optkit.measure.law import Load, Point
+from optkit.measure.traffic import parameters_of
 from optkit.measure.work import Forward, Work, work_of
 
 PREFILL, DECODE = "prefill", "decode"
@@ -39,7 +40,7 @@ def sweep(
 ) -> Swept:
     """Measure a causal model; what takes longer than ``most_s`` by its operations, at the rate seen so far, is left out."""
     vocabulary = int(module.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    parameters = sum(parameter.numel() for parameter in module.parameters())
+    parameters = parameters_of(module)
     points: list[Point] = []
     skipped: list[tuple[int, int]] = []
     rate = 0.0

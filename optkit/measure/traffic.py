@@ -45,3 +45,10 @@ def read_bandwidth(size_bytes: int, repeats: int = 12, device: torch.device = CP
         buffer.max().item()
         rates.append(buffer.numel() * 4 / (time.perf_counter() - start))
     return median(rates)
+
+
+def parameters_of(module: nn.Module) -> int:
+    """Return how many parameters there are, packed weights counted as the numbers that they stand for."""
+    layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear) and hasattr(layer, "weight_bytes"))
+    packed = sum(layer.in_features * layer.out_features for layer in layers)
+    return packed + sum(parameter.numel() for parameter in module.parameters())

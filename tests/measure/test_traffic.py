@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
-from optkit.measure.traffic import read_bandwidth, weight_bytes_per_token
+from optkit.measure.traffic import parameters_of, read_bandwidth, weight_bytes_per_token
 from optkit.transforms import Int8
 
 
@@ -64,3 +64,11 @@ def test_the_bandwidth_is_the_median_of_the_repeats(monkeypatch: pytest.MonkeyPa
     marks = iter([0.0, 1.0, 0.0, 0.5, 0.0, 4.0])
     monkeypatch.setattr(traffic.time, "perf_counter", lambda: next(marks))
     assert read_bandwidth(1 << 20, repeats=3) == 1 << 20
+
+
+def test_packed_weights_are_counted_as_the_numbers_that_they_stand_for() -> None:
+    plain = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 7))
+    count = parameters_of(plain)
+    packed = Int8().apply(plain)
+    assert count == parameters_of(packed) == 32 * 48 + 48 + 48 * 7 + 7
+    assert sum(parameter.numel() for parameter in packed.parameters()) < count
