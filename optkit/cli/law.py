@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-_MODELS = ("shape:llama-5m", "shape:llama-25m", "shape:llama-135m", "shape:llama-260m", "shape:llama-1b")
+_MODELS = tuple(f"shape:llama-{size}" for size in ("1m", "5m", "25m", "135m", "260m", "1b"))
 
 
 def law_command(

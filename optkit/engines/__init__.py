@@ -26,7 +26,10 @@ from optkit.engines.speculative import SpeculativeEngine
 from optkit.engines.static_cache import StaticCacheEngine
 from optkit.kernels.peers import SharedPeers
 
-OWN_FORWARD = frozenset(("prefix_cache", "chunked_prefill", "prompt_lookup", "draft", "adaptive", "static_cache", "sliding_window"))
+OWN_CACHE = frozenset(("draft", "adaptive", "static_cache", "sliding_window"))
+"""Transforms whose engine decides alone what is kept of a past."""
+OWN_FORWARD = OWN_CACHE | {"prefix_cache", "chunked_prefill", "prompt_lookup"}
+"""Those, and transforms whose engine calls the model's own forward in a way of its own."""
 
 
 def engine_for(subject: Subject, part: Part | None = None) -> Engine | ForwardEngine:

@@ -18,6 +18,8 @@ from optkit.core.errors import TransformError
 from optkit.engines import reusing
 from optkit.engines.eager import EagerEngine
 
+_PIECE = 512  # at least so many positions go through a forward together: short pieces read all weights for few rows
+
 
 class SlidingWindowEngine(EagerEngine):
     """Generates like ``EagerEngine``; a position sees the first ``sinks`` positions and the last ``positions``, itself included."""
@@ -51,7 +53,7 @@ class SlidingWindowEngine(EagerEngine):
 
     def _pieces(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         """Return a text in pieces, so that what a forward holds at once does not grow with the text either."""
-        pieces: tuple[Tensor, ...] = input_ids.split(self.sinks + self.positions, dim=1)
+        pieces: tuple[Tensor, ...] = input_ids.split(piece_tokens(self.positions, self.sinks), dim=1)
         return pieces
 
     def _run(self, ids: Tensor) -> Tensor:
@@ -79,6 +81,11 @@ class SlidingWindowEngine(EagerEngine):
     def _fresh(self) -> Cache:
         depth = self.module.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[union-attr, operator]
         return Cache(layers=[SlidingLayer(self.positions, self.sinks) for _ in range(depth)])
+
+
+def piece_tokens(positions: int, sinks: int) -> int:
+    """Return how many positions of a prompt go through a forward together."""
+    return max(_PIECE, sinks + positions)
 
 
 def refusal(module: nn.Module) -> str | None:

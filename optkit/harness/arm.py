@@ -20,7 +20,7 @@ from optkit.core.errors import telling
 from optkit.core.group import Group
 from optkit.core.mesh import ALONE
 from optkit.core.subject import GENERATING, Calibration, Subject
-from optkit.engines import engine_for, told
+from optkit.engines import NativeEngine, engine_for, told
 from optkit.engines.offloading import is_offloaded
 from optkit.engines.parallel.connect import part_for
 from optkit.engines.parallel.part import Part
@@ -209,7 +209,8 @@ class Arm:
         subject = open_model(model)
         for step in KINDS[kind]:
             subject = step.apply(subject)
-        return asdict(sweep(model, subject.module, engine_for(subject), prompts, batches, most_s, self._tell))
+        engine = engine_for(subject)
+        return asdict(sweep(model, subject.module, engine, prompts, batches, most_s, self._tell, isinstance(engine, NativeEngine)))
 
     def do_memory(self) -> dict[str, Any]:
         """Return this rank's peak resident memory since serving began, what the empty runtime took, what its cache holds now, and the

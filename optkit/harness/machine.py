@@ -23,7 +23,7 @@ KINDS: Mapping[str, Sequence[Transform]] = {
     "int8-compiled": (Dtype(dtype="float32"), Int8(), Compile()),
     "int4-compiled": (Dtype(dtype="float32"), Int4(), Compile()),
 }
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 def known_laws(threads: int) -> dict[str, Law]:

@@ -9,8 +9,9 @@ import torch
 
 from optkit.core.subject import GENERATING, Subject
 from optkit.engines.native import refusal
+from optkit.engines.sliding_window import piece_tokens
 from optkit.harness.checking import check_recipe, outline_of
-from optkit.harness.machine import known_laws
+from optkit.harness.machine import KINDS, known_laws
 from optkit.kernels.int4 import Int4Linear
 from optkit.kernels.int8 import Int8Embedding, Int8Linear
 from optkit.kernels.w8a8 import W8A8Linear
@@ -27,7 +28,7 @@ from optkit.transforms import Plan, Transform
 
 _RUNTIME_BYTES = 300 * 2**20  # Python with its libraries, resident
 _GAIN = 0.95  # a predicted ratio above this is none
-_OWN_WAYS = {"offload", "ensemble", "draft", "adaptive", "kv_cache", "prompt_lookup", "sparse"}
+_OWN_WAYS = {"offload", "ensemble", "draft", "adaptive", "kv_cache", "prompt_lookup", "sparse", "bucketing"}
 # Layers by the law that they follow; "": that of the floats around them.
 _PACKED: dict[type, str] = {Int8Linear: "int8", W8A8Linear: "int8", Int8Embedding: "", Int4Linear: "int4"}
 _PROMPTS = 128  # tokens of an item, where the task decides and no text has been read
@@ -84,6 +85,8 @@ def _lawful(subject: Subject) -> tuple[str | None, str]:
     dtype = next((tensor.dtype for tensor in subject.module.parameters() if tensor.is_floating_point()), torch.float32)
     # An int8 head beside int4 layers follows the law of these.
     name = min(kinds) if kinds else str(dtype).removeprefix("torch.")
+    if name not in KINDS:
+        return None, name
     backend = next((step.settings["backend"] for step in subject.history if step.name == "compile"), None)
     if backend is None:
         return name, ""
@@ -99,13 +102,15 @@ def _planned(
     stored = sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(module).values())
     prompt = meter.prompt_tokens if outline.kind == "causal-lm" else _PROMPTS
     generates = outline.kind in GENERATING
-    first = load_of(module, Forward(batch, prompt, only_last=generates))
-    later = load_of(module, Forward(batch, 1, _kept(outline, prompt + meter.new_tokens // 2)))
-    last = load_of(module, Forward(batch, 1, _kept(outline, prompt + meter.new_tokens)))
-    cache = int(last.cache_bytes) if generates else 0
     kind, unlawful = _lawful(outline)
+    in_one_call = kind is not None and kind.endswith("-compiled")
+    pieces = _pieces(outline, batch, prompt, meter.shared_tokens, generates)
+    first = [load_of(module, piece) for piece in pieces]
+    middle, end = (Forward(batch, 1, _kept(outline, prompt + count)) for count in (meter.new_tokens // 2, meter.new_tokens))
+    later = load_of(module, middle, in_one_call)
+    cache = int(load_of(module, end).cache_bytes) if generates else 0
     law = laws.get(kind) if kind else None
-    serving = stored + cache + _RUNTIME_BYTES + _activations(first)
+    serving = stored + cache + _RUNTIME_BYTES + _activations(module, max(piece.batch * piece.tokens for piece in pieces))
     found = PlannedStep(
         name=name,
         kind=kind,
@@ -114,13 +119,24 @@ def _planned(
         cache_bytes=cache,
         serving_bytes=serving,
         transforming_bytes=_RUNTIME_BYTES + (stored if before is None else before.stored_bytes + stored),
-        ttft_ms=law.seconds(first) * 1e3 if law else None,
+        ttft_ms=sum(law.seconds(piece) for piece in first) * 1e3 if law else None,
         tpot_ms=law.seconds(later) * 1e3 if law and generates else None,
-        regime=law.regime(later if generates else first) if law else None,
+        regime=law.regime(later if generates else first[0]) if law else None,
         unlawful=unlawful,
-        terms=law.terms(later if generates else first) if law else {},
+        terms=law.terms(later if generates else first[0]) if law else {},
     )
     return replace(found, warnings=tuple(_warnings(step, outline, found, before, law, later)))
+
+
+def _pieces(subject: Subject, batch: int, prompt: int, shared: int, only_last: bool) -> list[Forward]:
+    """Return the forwards that a prompt is read in; what its beginning shares with earlier ones may be known."""
+    history = {step.name: step.settings for step in subject.history}
+    known = shared if "prefix_cache" in history else 0
+    most = history["chunked_prefill"]["tokens"] if "chunked_prefill" in history else prompt
+    if "sliding_window" in history:
+        most = piece_tokens(history["sliding_window"]["positions"], history["sliding_window"]["sinks"])
+    starts = range(known, prompt, min(most, max(1, prompt - known)))
+    return [Forward(batch, min(most, prompt - start), _kept(subject, start), only_last) for start in starts]
 
 
 def _kept(subject: Subject, positions: int) -> int:
@@ -129,10 +145,11 @@ def _kept(subject: Subject, positions: int) -> int:
     return positions if window is None else min(positions, window["positions"] + window["sinks"])
 
 
-def _activations(load: Load) -> int:
-    """Return about what a prompt's forward holds beside the weights: some copies of its widest layer, in float32."""
-    width = load.linear_flops / (2 * max(1, load.rows)) / max(1, load.blocks)  # weights of a block
-    return int(4 * load.rows * width**0.5 * 6)
+def _activations(module: torch.nn.Module, rows: int) -> int:
+    """Return about what a forward of so many rows holds beside the weights: some copies of its widest layer, in float32."""
+    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    linears = (layer for layer in module.modules() if isinstance(layer, torch.nn.Linear) and layer is not head)
+    return 4 * rows * 6 * max((layer.out_features for layer in linears), default=1)
 
 
 def _warnings(

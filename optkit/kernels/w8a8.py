@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, ClassVar, Self
 
 import torch
@@ -17,6 +16,7 @@ from optkit.kernels.packed import Operands, PackedLinear
 
 MOST_COLUMNS = (2**31 - 1) // 127**2  # more of them, and a sum could leave int32
 _EXACT_COLUMNS = 1024  # sums of so many products of int8 are whole numbers that float32 holds
+_exact: dict[str, bool] = {}  # what was found out, known before a graph is traced; marking a function as constant would import the tracer
 
 
 def quantize_tokens(x: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -64,15 +64,15 @@ def integer_product(tokens: Tensor, q: Tensor) -> Tensor:
     return _float_product(tokens, q)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def int_mm_is_exact() -> bool:
     """Say whether ``torch._int_mm`` adds exactly on this CPU: without VNNI, pairs of products saturate in 16 bits."""
-    return _int_mm_is_exact()
+    if "cpu" not in _exact:
+        _exact["cpu"] = _int_mm_is_exact()
+    return _exact["cpu"]
 
 
-@cache
 def _int_mm_is_exact() -> bool:
-    most = torch.full((32, 64), 127, dtype=torch.int8)
+    most = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
     sums = [torch._int_mm(most[:rows], sign * most.T) for rows in (1, 32) for sign in (1, -1)]
     return all(bool((found.abs() == 64 * 127**2).all()) for found in sums)
 
@@ -106,6 +106,7 @@ class W8A8Linear(PackedLinear):
                 f"in_features {columns} is more than {MOST_COLUMNS}, and sums of int8 products could leave int32; use int8"
             )
         self.static = len(tensors) == 3
+        int_mm_is_exact()
         super().__init__(tensors, bias, (columns, rows), compute_dtype)
 
     @property

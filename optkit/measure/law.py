@@ -1,11 +1,13 @@
 """How long a forward takes, from what it computes and reads: a law with physical terms, fitted to measurements of one machine.
 
-    t = call + blocks x block + sum over linear layers of max(bytes / bandwidth, operations / rate(rows)) + scores / score_rate
+    t = forward + calls x module + sum over linear layers of max(bytes / bandwidth, operations / rate(rows)) + scores / score_rate
         + cached bytes / cache_bandwidth,    rate(rows) = peak x rows / (rows + half_rows)
 
 The maximum is smooth (a norm of order 4), as both go on at once near the corner; see Williams et al. 2009 ("Roofline",
-https://doi.org/10.1145/1498765.1498785) for the two roofs. For a prompt the scores are quadratic in its length, for a later token linear in
-what stands before it.
+https://doi.org/10.1145/1498765.1498785) for the two roofs. A single row only reads: products of a matrix with a vector have kernels of
+their own, while those of matrices first bring the weights into an order of theirs, which costs as much as ``half_rows`` rows. The
+bandwidth goes from that of small models, which a processor's cache may hold, to that of large ones; it is half way, by its logarithm, at
+``turning_bytes`` of weights. For a prompt the scores are quadratic in its length, for a later token linear in what stands before it.
 """
 
 from __future__ import annotations
@@ -17,19 +19,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-PARAMETERS = ("call_s", "block_s", "bandwidth", "peak", "half_rows", "score_rate", "cache_bandwidth")
+PARAMETERS = (
+    "forward_s",
+    "module_s",
+    "bandwidth",
+    "small_bandwidth",
+    "turning_bytes",
+    "peak",
+    "half_rows",
+    "score_rate",
+    "cache_bandwidth",
+)
 _UNITS = {
-    "call_s": "s",
-    "block_s": "s",
+    "forward_s": "s",
+    "module_s": "s",
     "half_rows": "rows",
     "bandwidth": "B/s",
+    "small_bandwidth": "B/s",
+    "turning_bytes": "B",
     "cache_bandwidth": "B/s",
     "peak": "FLOP/s",
     "score_rate": "FLOP/s",
 }
-_START = (1e-3, 2e-4, 1e10, 1e11, 4.0, 2e10, 1e10)
-# More than so many half_rows would stand for the bandwidth: few rows are slow for either reason, and the points cannot tell which.
-_LEAST, _MOST = (1e-7, 1e-7, 1e8, 1e8, 1e-2, 1e7, 1e8), (1.0, 0.1, 1e13, 1e15, 8.0, 1e15, 1e14)
+_START = (1e-4, 2e-5, 2e10, 2e10, 5e7, 1e11, 8.0, 2e10, 1e10)
+_LEAST, _MOST = (1e-7, 1e-8, 1e8, 1e8, 4e6, 1e8, 1e-2, 1e7, 1e8), (1.0, 0.01, 1e13, 1e13, 1e9, 1e15, 300.0, 1e15, 1e14)
 _ORDER = 4
 _DRAWS = 40
 Floats = NDArray[np.float64]
@@ -37,9 +50,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Load:
-    """What one forward must do. ``rows`` are those of the layers within blocks, ``head_rows`` those of the output head."""
+    """What one forward must do: modules that it calls, and their work.
 
-    blocks: int
+    ``rows`` are those of the layers within blocks, ``head_rows`` those of the output head.
+    """
+
+    calls: int
     rows: int
     linear_flops: float
     linear_bytes: float
@@ -76,14 +92,8 @@ class Law:
 
     def terms(self, load: Load) -> dict[str, float]:
         """Return the seconds of each term; those of both roofs of the linear layers are told, of which about the larger counts."""
-        p = self.parameters
-        rate, head_rate = (p["peak"] * rows / (rows + p["half_rows"]) for rows in (load.rows, load.head_rows))
-        return {
-            "overhead": p["call_s"] + load.blocks * p["block_s"],
-            "reading weights": (load.linear_bytes + load.head_bytes) / p["bandwidth"],
-            "products": load.linear_flops / rate + load.head_flops / head_rate,
-            "attention": load.score_flops / p["score_rate"] + load.cache_bytes / p["cache_bandwidth"],
-        }
+        parts = _parts(np.array([self.parameters[name] for name in PARAMETERS]), _columns([load]))
+        return {name: float(seconds[0]) for name, seconds in parts.items()}
 
     def regime(self, load: Load) -> str:
         """Return the term that takes longest."""
@@ -143,12 +153,30 @@ def _columns(loads: Sequence[Load]) -> Floats:
 
 
 def _predict(p: Floats, columns: Floats) -> Floats:
-    call, block, bandwidth, peak, half, score_rate, cache_bandwidth = p
-    blocks, rows, flops, read, head_rows, head_flops, head_read, scores, cached = columns.T
+    inner, head = _linear(p, columns)
+    overhead, attention = _rest(p, columns)
+    roofed = [np.asarray(sum(part**_ORDER for part in parts) ** (1 / _ORDER)) for parts in (inner, head)]
+    return np.asarray(overhead + attention + sum(roofed))
 
-    def linear(rows: Floats, flops: Floats, read: Floats) -> Floats:
-        parts = read / bandwidth, flops / (peak * rows / (rows + half))
-        return np.asarray(sum(part**_ORDER for part in parts) ** (1 / _ORDER))
 
-    whole = call + blocks * block + linear(rows, flops, read) + linear(head_rows, head_flops, head_read)
-    return np.asarray(whole + scores / score_rate + cached / cache_bandwidth)
+def _parts(p: Floats, columns: Floats) -> dict[str, Floats]:
+    (read, multiplied), (head_read, head_multiplied) = _linear(p, columns)
+    overhead, attention = _rest(p, columns)
+    return {"overhead": overhead, "reading weights": read + head_read, "products": multiplied + head_multiplied, "attention": attention}
+
+
+def _linear(p: Floats, columns: Floats) -> list[tuple[Floats, Floats]]:
+    """Return the seconds of reading and of multiplying, of the layers within blocks and of the head."""
+    _, _, bandwidth, small_bandwidth, turning, peak, half, _, _ = p
+    _, rows, flops, read, head_rows, head_flops, head_read, _, _ = columns.T
+    small = 1 / (1 + ((read + head_read) / turning) ** 2)
+    here = bandwidth * (small_bandwidth / bandwidth) ** small
+    both = (rows, flops, read), (head_rows, head_flops, head_read)
+    return [(many / here, np.where(rows > 1, work * (rows + half) / (peak * np.maximum(rows, 1)), 0.0)) for rows, work, many in both]
+
+
+def _rest(p: Floats, columns: Floats) -> tuple[Floats, Floats]:
+    """Return the seconds of the overhead, and of scores with keys and values."""
+    forward, module, *_, score_rate, cache_bandwidth = p
+    calls, *_, scores, cached = columns.T
+    return forward + calls * module, scores / score_rate + cached / cache_bandwidth

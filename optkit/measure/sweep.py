@@ -37,8 +37,12 @@ def sweep(
     batches: Iterable[int],
     most_s: float,
     tell: Callable[[str], None] = lambda text: None,
+    steps_in_one_call: bool = False,
 ) -> Swept:
-    """Measure a causal model; what takes longer than ``most_s`` by its operations, at the rate seen so far, is left out."""
+    """Measure a causal model; what takes longer than ``most_s`` by its operations, at the rate seen so far, is left out.
+
+    ``steps_in_one_call`` says that the engine calls no module in its steps.
+    """
     vocabulary = int(module.config.vocab_size)  # type: ignore[union-attr, arg-type]
     parameters = parameters_of(module)
     points: list[Point] = []
@@ -63,19 +67,18 @@ def sweep(
             tokens = engine.step(tokens).argmax(-1)
             times.append(time.perf_counter() - start)
         past = Forward(batch, 1, prompt + len(times) // 2 + 1)
-        points.append(Point(name, parameters, prompt, batch, DECODE, load_of(module, past), median(times)))
+        points.append(Point(name, parameters, prompt, batch, DECODE, load_of(module, past, steps_in_one_call), median(times)))
         engine.reset()
     return Swept(points, skipped)
 
 
-def load_of(module: nn.Module, forward: Forward) -> Load:
-    """Return what a forward must do, as the law asks for it."""
+def load_of(module: nn.Module, forward: Forward, in_one_call: bool = False) -> Load:
+    """Return what a forward must do, as the law asks for it; ``in_one_call`` where kernels do all of it and no module is called."""
     work = work_of(module, forward)
     inner = [work.get(stage, Work()) for stage in (PROJECTIONS, FEED_FORWARD, RECURRENT)]
     head, scores = work.get(HEAD, Work()), work.get(SCORES, Work())
-    config = getattr(module, "config", None)
     return Load(
-        blocks=int(getattr(config, "num_hidden_layers", 1) or 1),
+        calls=0 if in_one_call else sum(part.calls for part in work.values()),
         rows=forward.batch * forward.tokens,
         linear_flops=sum(part.flops for part in inner),
         linear_bytes=sum(part.bytes for part in inner),

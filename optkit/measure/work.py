@@ -5,6 +5,8 @@ A multiplication with an addition counts as two operations; norms, activations a
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +15,17 @@ from transformers.pytorch_utils import Conv1D
 
 from optkit.measure.clock import EMBEDDING, HEAD, SCORES, stages_of
 
+# Of T5 and BART: what a decoder makes of the encoder's states, once for a request.
+_ACROSS = re.compile(r"(EncDecAttention|encoder_attn)\.(k|v|k_proj|v_proj)$")
+
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward: ``batch`` sequences of ``tokens`` new ones after ``past`` in the cache; logits of the last alone or of all."""
+    """One forward: ``batch`` sequences of ``tokens`` new ones after ``past`` in the cache; logits of the last alone or of all.
+
+    Of a model with an encoder and a decoder: with no ``past`` the encoder reads ``tokens`` and the decoder begins with one; else the
+    decoder alone takes ``tokens``, and ``past`` is what it has written and what the encoder has read.
+    """
 
     batch: int
     tokens: int
@@ -26,36 +35,55 @@ class Forward:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations, and bytes that are read or, of keys and values, written."""
+    """Floating-point operations, bytes that are read or, of keys and values, written, and modules that are called for it."""
 
     flops: float = 0.0
     bytes: float = 0.0
+    calls: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.calls + other.calls)
 
 
 def work_of(module: nn.Module, forward: Forward) -> dict[str, Work]:
     """Return the work of each stage of a forward of a decoder, an encoder or another network."""
     found: dict[str, Work] = {}
-    rows = forward.batch * forward.tokens
+    rows_of = _rows_of(module, forward)
     for name, stage in stages_of(module).items():
-        layer = module.get_submodule(name)
+        layer, rows = module.get_submodule(name), rows_of(name)
+        if not rows:
+            continue
         if stage == EMBEDDING:
-            work = Work(0.0, rows * _row_bytes(layer))
+            work = Work(0.0, rows * _row_bytes(layer), 1)
         elif isinstance(layer, nn.Linear | Conv1D):
             outputs, inputs = _sizes(layer)
             count = forward.batch if stage == HEAD and forward.only_last else rows
-            work = Work(2.0 * count * outputs * inputs, float(weight_bytes(layer)))
+            work = Work(2.0 * count * outputs * inputs, float(weight_bytes(layer)), 1)
         elif isinstance(layer, nn.RNNBase):
-            work = Work(2.0 * rows * _recurrent_weights(layer), float(weight_bytes(layer)))
+            work = Work(2.0 * rows * _recurrent_weights(layer), float(weight_bytes(layer)), 1)
         else:
-            work = Work(0.0, float(sum(tensor.nbytes for tensor in layer.parameters(recurse=False))))
+            work = Work(0.0, float(sum(tensor.nbytes for tensor in layer.parameters(recurse=False))), 1)
         found[stage] = found.get(stage, Work()) + work
     scores = _scores(module, forward)
     if scores is not None:
         found[SCORES] = found.get(SCORES, Work()) + scores
     return found
+
+
+def _rows_of(module: Any, forward: Forward) -> Callable[[str], int]:
+    """Return what tells of a module how many rows go through it."""
+    rows = forward.batch * forward.tokens
+    if not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        return lambda name: rows
+    encoder, begins = module.get_encoder(), forward.past == 0
+    inner = {f"{name}." for name, layer in module.named_modules() if layer is encoder}
+
+    def of(name: str) -> int:
+        if name.startswith(tuple(inner)) or _ACROSS.search(name):
+            return rows if begins else 0
+        return forward.batch if begins else rows
+
+    return of
 
 
 def _scores(module: Any, forward: Forward) -> Work | None:

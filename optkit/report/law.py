@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SCHEMA = 1
+SCHEMA = 2
 _TOLD = {
-    "call_s": ("a forward, whatever it does", 1e6, "us"),
-    "block_s": ("a block, whatever it does", 1e6, "us"),
-    "bandwidth": ("reading weights", 1e-9, "GB/s"),
+    "forward_s": ("a forward, whatever it does", 1e6, "us"),
+    "module_s": ("a module called, whatever it does", 1e6, "us"),
+    "bandwidth": ("reading weights of large models", 1e-9, "GB/s"),
+    "small_bandwidth": ("reading weights of small models", 1e-9, "GB/s"),
+    "turning_bytes": ("weights where one becomes the other", 1e-6, "MB"),
     "peak": ("products of many rows", 1e-9, "GFLOP/s"),
     "half_rows": ("rows that reach half of it", 1.0, ""),
     "score_rate": ("scores and sums of values", 1e-9, "GFLOP/s"),

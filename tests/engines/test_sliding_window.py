@@ -12,7 +12,7 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 
 from optkit.core.errors import TransformError
 from optkit.core.subject import Subject
-from optkit.engines import EagerEngine, NativeEngine, SlidingWindowEngine, engine_for, told
+from optkit.engines import EagerEngine, NativeEngine, SlidingWindowEngine, engine_for, sliding_window, told
 from optkit.kernels.native import native
 from optkit.transforms import Compile, KvCache, Plan, PrefixCache, SlidingWindow, StaticCache
 
@@ -39,8 +39,12 @@ def by_mask(module: Any, ids: Tensor, positions: int, sinks: int) -> Tensor:
     return logits
 
 
+@pytest.mark.parametrize("piece", [1, 9, 512])
 @pytest.mark.parametrize(("positions", "sinks"), [(1, 0), (5, 0), (7, 2), (16, 4), (23, 1), (200, 4)])
-def test_each_position_sees_the_first_and_the_last_ones_in_prompts_steps_and_judgement(tiny_llama: Any, positions: int, sinks: int) -> None:
+def test_each_position_sees_the_first_and_the_last_ones_in_prompts_steps_and_judgement(
+    tiny_llama: Any, positions: int, sinks: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sliding_window, "_PIECE", piece)
     module, ids = tiny_llama(), ids_of(2)
     engine = SlidingWindowEngine(module, positions, sinks)
     text = torch.cat((ids, tokens_of(engine, ids)), 1)

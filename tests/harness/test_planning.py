@@ -16,8 +16,8 @@ from optkit.recipe.reading import recipe_from_dict
 from optkit.transforms import Int4, Int8, Magnitude
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
-SLOW = (1e-4, 5e-2, 1e10, 1e11, 8.0, 1e11, 1e10)  # 50 ms a block: nothing that makes weights smaller helps
-FAST = (1e-6, 1e-6, 1e10, 1e13, 8.0, 1e13, 1e12)  # reading weights is all that counts
+SLOW = (1e-4, 5e-3, 1e10, 1e10, 5e7, 1e11, 8.0, 1e11, 1e10)  # 5 ms a module: nothing that makes weights smaller helps
+FAST = (1e-6, 1e-8, 1e10, 1e10, 5e7, 1e13, 8.0, 1e13, 1e12)  # reading weights is all that counts
 
 
 def law(values: tuple[float, ...]) -> Law:
@@ -85,6 +85,29 @@ def test_the_kind_follows_the_layers_and_the_engine(tiny_llama: Any) -> None:
     assert kind_of_law(Magnitude().apply(Subject(tiny_llama(), "own"))) == "float32"
     assert kind_of_law(Int8().apply(Subject(tiny_llama(), "own"))) == "int8"
     assert kind_of_law(Int4().apply(Subject(tiny_llama(), "own"))) == "int4"
+
+
+def test_what_is_known_of_a_prompt_is_not_planned_again_and_pieces_are_planned_one_by_one() -> None:
+    keep_laws(1, {"float32": law((1e-4, 1e-5, 1e10, 1e10, 5e7, 1e11, 8.0, 1e11, 1e10))})
+    shared = {"measure": {"latency": {"prompt_tokens": 128, "shared_tokens": 96}}}
+    whole, known = plan_of(recipe(**shared)), plan_of(recipe("prefix_cache", **shared))
+    alone = plan_of(recipe(measure={"latency": {"prompt_tokens": 32}}))
+    assert whole.ratio("ttft_ms") == 1 and known.steps[1].ttft_ms is not None and alone.steps[0].ttft_ms is not None
+    assert known.steps[1].ttft_ms == pytest.approx(alone.steps[0].ttft_ms, rel=0.1) and known.ratio("ttft_ms") < 0.5
+    chunked = plan_of(recipe({"chunked_prefill": {"tokens": 16}}))
+    assert chunked.ratio("ttft_ms") > 1.2 and chunked.ratio("tpot_ms") == 1
+    assert chunked.steps[1].serving_bytes < chunked.steps[0].serving_bytes
+
+
+def test_steps_in_one_call_have_no_overhead_of_modules() -> None:
+    keep_laws(1, {kind: law(SLOW) for kind in KINDS})
+    assert plan_of(recipe("compile")).ratio("tpot_ms") < 0.1
+
+
+def test_a_type_that_is_not_measured_has_no_law() -> None:
+    found = plan_of(recipe({"dtype": {"dtype": "float16"}}))
+    assert found.steps[1].kind is None and found.steps[1].unlawful == "float16"
+    assert not any("float16" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("path", sorted([*RECIPES.glob("*.yaml"), *(RECIPES / "scale").glob("llama-*.yaml")]), ids=lambda path: path.stem)

@@ -9,18 +9,18 @@ import pytest
 
 from optkit.measure.law import PARAMETERS, Law, Load, Point, errors, fit
 
-TRUE = dict(zip(PARAMETERS, (2e-4, 3e-5, 2e10, 1.5e11, 3.0, 4e10, 1.5e10), strict=True))
+TRUE = dict(zip(PARAMETERS, (2e-4, 3e-6, 2e10, 6e10, 5e7, 1.5e11, 6.0, 4e10, 1.5e10), strict=True))
 LAW = Law(TRUE, {name: (value, value) for name, value in TRUE.items()})
 
 
 def load(blocks: int, weights: float, rows: int, batch: int, pairs: float, cached: float) -> Load:
-    return Load(blocks, rows, 2 * weights * rows, 4 * weights, batch, 2e6 * batch, 4e6, 4e3 * blocks * pairs, cached)
+    return Load(11 * blocks, rows, 2 * weights * rows, 4 * weights, batch, 2e6 * batch, 4e6, 4e3 * blocks * pairs, cached)
 
 
 def points(noise: float = 0.0) -> list[Point]:
     draw = np.random.default_rng(1)
     found = []
-    for blocks, weights in ((4, 3e6), (8, 2e7), (16, 1e8), (22, 1e9)):
+    for blocks, weights in ((4, 3e5), (4, 3e6), (8, 2e7), (16, 1e8), (22, 1e9)):
         for prompt in (16, 128, 1024):
             for batch in (1, 4, 16):
                 first = load(blocks, weights, prompt * batch, batch, batch * prompt**2 / 2, 0.0)
@@ -52,7 +52,7 @@ def test_the_regime_is_what_takes_longest() -> None:
     assert LAW.regime(load(22, 1e9, 1, 1, 0, 0)) == "reading weights"
     assert LAW.regime(load(22, 1e9, 4096, 1, 0, 0)) == "products"
     assert LAW.regime(load(4, 1e4, 1, 1, 0, 1e9)) == "attention"
-    assert LAW.terms(small)["overhead"] == pytest.approx(2e-4 + 4 * 3e-5)
+    assert LAW.terms(small)["overhead"] == pytest.approx(2e-4 + 44 * 3e-6)
 
 
 def test_a_law_survives_being_written_down() -> None:
@@ -60,5 +60,5 @@ def test_a_law_survives_being_written_down() -> None:
 
 
 def test_too_few_points_are_refused() -> None:
-    with pytest.raises(ValueError, match="6 points cannot tell 7 parameters"):
-        fit(points()[:6])
+    with pytest.raises(ValueError, match="8 points cannot tell 9 parameters"):
+        fit(points()[:8])

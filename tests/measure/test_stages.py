@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from optkit.core.subject import Step, Subject
 from optkit.engines import engine_for
@@ -63,6 +64,17 @@ def test_work_is_counted_from_shapes(tiny_llama: Any) -> None:
     packed = work_of(Int8().apply(Subject(module, "own")).module, Forward(2, 5, 3))
     assert packed[FEED_FORWARD].flops == work[FEED_FORWARD].flops and packed[FEED_FORWARD].bytes < 0.3 * work[FEED_FORWARD].bytes
     assert load_of(module, Forward(2, 5, 3)).rows == rows
+
+
+def test_the_encoder_works_once_a_request_and_the_decoder_once_a_token() -> None:
+    config = T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_decoder_layers=3, num_heads=4)
+    module = T5ForConditionalGeneration(config)
+    first, later = work_of(module, Forward(2, 7)), work_of(module, Forward(2, 1, past=9))
+    square, wide, source, answer = 2 * 16 * 16, 2 * 2 * 16 * 24, 2 * 7, 2
+    assert later[PROJECTIONS].flops == answer * 3 * (4 + 2) * square  # of a decoder's block: four of its own, two towards the encoder
+    assert first[PROJECTIONS].flops == later[PROJECTIONS].flops + source * (2 * 4 + 3 * 2) * square
+    assert later[FEED_FORWARD].flops == answer * 3 * wide and first[FEED_FORWARD].flops == (source * 2 + answer * 3) * wide
+    assert sum(part.calls for part in later.values()) < sum(part.calls for part in first.values())
 
 
 @pytest.mark.parametrize(

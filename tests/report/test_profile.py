@@ -44,7 +44,7 @@ def test_a_profile_in_markdown_has_the_sum_and_what_could_not_be_read(profile: P
 
 
 def test_a_law_is_written_with_its_errors_regimes_and_pictures(tmp_path: Path) -> None:
-    values = dict(zip(PARAMETERS, (1e-4, 1e-5, 1e10, 1e11, 8.0, 1e11, 1e10), strict=True))
+    values = dict(zip(PARAMETERS, (1e-4, 1e-6, 1e10, 1e10, 5e7, 1e11, 8.0, 1e11, 1e10), strict=True))
     law = Law(values, {name: (value / 2, value * 2) for name, value in values.items()})
     points = []
     for size in (5, 20):

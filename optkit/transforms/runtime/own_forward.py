@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from optkit.core.errors import TransformError
 from optkit.core.subject import Subject
-
-_ENGINES_OF_THEIR_OWN = ("kv_cache", "ensemble", "offload", "draft", "adaptive", "static_cache", "sliding_window")
+from optkit.engines import OWN_CACHE
 
 
 def refuse_other_engines(subject: Subject, name: str, others: tuple[str, ...] = ()) -> None:
@@ -19,6 +18,6 @@ def refuse_other_engines(subject: Subject, name: str, others: tuple[str, ...] = 
     taken = {step.name for step in subject.history}
     if name in taken:
         raise TransformError(f"{name} stands there already; name it once")
-    meets = sorted(taken.intersection((*_ENGINES_OF_THEIR_OWN, *others)))
+    meets = sorted(taken & (OWN_CACHE | {"kv_cache", "ensemble", "offload", *others}))
     if meets:
         raise TransformError(f"{meets[0]} has an engine of its own, which {name} does not reach; leave out one of them")
