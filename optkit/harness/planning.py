@@ -12,6 +12,7 @@ from optkit.engines.native import refusal
 from optkit.engines.sliding_window import piece_tokens
 from optkit.harness.checking import check_recipe, outline_of
 from optkit.harness.machine import KINDS, known_laws
+from optkit.harness.workloads import task_for
 from optkit.kernels.int4 import Int4Linear
 from optkit.kernels.int8 import Int8Embedding, Int8Linear
 from optkit.kernels.w8a8 import W8A8Linear
@@ -31,7 +32,7 @@ _GAIN = 0.95  # a predicted ratio above this is none
 _OWN_WAYS = {"offload", "ensemble", "draft", "adaptive", "kv_cache", "prompt_lookup", "sparse", "bucketing"}
 # Layers by the law that they follow; "": that of the floats around them.
 _PACKED: dict[type, str] = {Int8Linear: "int8", W8A8Linear: "int8", Int8Embedding: "", Int4Linear: "int4"}
-_PROMPTS = 128  # tokens of an item, where the task decides and no text has been read
+_POSITIONS = 128  # of an item, where the data decides and has not been read
 
 
 def plan(recipe: str | Path, overrides: tuple[str, ...] = (), trust_remote_code: bool = False) -> PlanReport:
@@ -52,6 +53,8 @@ def plan_of(recipe: Recipe, trust_remote_code: bool = False) -> PlanReport:
     latency = recipe.measure.get("latency")
     meter = latency if isinstance(latency, Latency) else Latency()
     outline = outline_of(recipe, trust_remote_code)
+    if outline.kind != "causal-lm":
+        meter = meter.model_copy(update={"prompt_tokens": task_for(recipe, outline.kind).item_positions or _POSITIONS})
     steps = [_planned("baseline", None, outline, laws, meter, None)]
     for step in recipe.transforms:
         with torch.device("meta"):
@@ -100,7 +103,7 @@ def _planned(
 ) -> PlannedStep:
     module, batch = outline.module, meter.batch_sizes[0]
     stored = sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(module).values())
-    prompt = meter.prompt_tokens if outline.kind == "causal-lm" else _PROMPTS
+    prompt = meter.prompt_tokens
     generates = outline.kind in GENERATING
     kind, unlawful = _lawful(outline)
     in_one_call = kind is not None and kind.endswith("-compiled")

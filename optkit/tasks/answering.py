@@ -68,6 +68,11 @@ class Answering(Supervised):
     def trivially(self, item: Asked) -> str:
         """Return an answer that takes no model."""
 
+    @property
+    def item_positions(self) -> int:
+        """The positions of a text, at most."""
+        return self.text_tokens
+
     def needs(self, tokenizer: Any) -> dict[str, Any]:
         """Return the number of token ids, the one that ends an answer, and the longest text."""
         positions = max(self.text_tokens, self.answer_tokens)

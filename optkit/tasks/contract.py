@@ -73,6 +73,11 @@ class Task(Settings):
     def metrics(self) -> tuple[Metric, ...]:
         """Return the quality metrics, the most important first."""
 
+    @property
+    def item_positions(self) -> int | None:
+        """The positions of an item in a forward, padding included; None where the settings do not say."""
+        return None
+
     def prompts(self, subject: Subject, count: int, length: int) -> Tensor:
         """Return ``(count, length)`` input ids for timing; real text where there is some. Only for causal language models."""
         raise TypeError(f"{type(self).__name__} has no prompts: its subjects do not generate")

@@ -50,6 +50,11 @@ class Forecasting(Supervised):
         seen = torch.tensor([item.values for item in self.sides.training], dtype=torch.float64).flatten(0, 1)
         return seen.mean(0).float(), seen.std(0).clamp_min(1e-12).float()
 
+    @property
+    def item_positions(self) -> int:
+        """The days that are seen."""
+        return self.window
+
     def needs(self, tokenizer: Any) -> dict[str, Any]:
         """Return the number of series, and of days seen and forecast."""
         channels = len(self.sides.training[0].values[0])

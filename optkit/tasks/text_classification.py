@@ -90,6 +90,11 @@ class TextClassification(Supervised):
         """The classes of all sides, sorted: one that training never shows is answered wrongly, and counts."""
         return tuple(sorted({item.label for side in SIDES for item in self.sides.of(side)}))
 
+    @property
+    def item_positions(self) -> int:
+        """The positions of a text."""
+        return self.length
+
     def needs(self, tokenizer: Any) -> dict[str, Any]:
         """Return the number of token ids and of classes, and the longest text."""
         return {"per": "item", "vocabulary": len(tokenizer), "labels": list(self.labels), "positions": self.length}

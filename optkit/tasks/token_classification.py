@@ -67,6 +67,11 @@ class TokenClassification(Supervised):
         """The kinds of entities, sorted."""
         return tuple(sorted({_kind(label) for label in self.labels if label != "O"}))
 
+    @property
+    def item_positions(self) -> int:
+        """The positions of a line."""
+        return self.length
+
     def needs(self, tokenizer: Any) -> dict[str, Any]:
         """Return the number of token ids and of tags, and the longest line."""
         return {"per": "token", "vocabulary": len(tokenizer), "labels": list(self.labels), "positions": self.length}

@@ -99,6 +99,15 @@ def test_what_is_known_of_a_prompt_is_not_planned_again_and_pieces_are_planned_o
     assert chunked.steps[1].serving_bytes < chunked.steps[0].serving_bytes
 
 
+def test_items_are_planned_as_long_as_the_task_makes_them() -> None:
+    keep_laws(1, {"float32": law((1e-6, 1e-8, 1e12, 1e12, 5e7, 1e10, 8.0, 1e13, 1e12))})
+    model = {"transformer-forecaster": {"hidden_size": 64, "layers": 2}}
+    short, long = (
+        plan_of(recipe(model=model, task={"forecasting": {"window": days}}, measure={"latency": {}})).steps[0].ttft_ms for days in (32, 64)
+    )
+    assert short is not None and long == pytest.approx(72 / 40 * short, rel=0.1)  # eight rows are half of the rate
+
+
 def test_steps_in_one_call_have_no_overhead_of_modules() -> None:
     keep_laws(1, {kind: law(SLOW) for kind in KINDS})
     assert plan_of(recipe("compile")).ratio("tpot_ms") < 0.1

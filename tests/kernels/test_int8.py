@@ -94,6 +94,16 @@ def test_a_look_up_gives_the_dequantized_rows(backend: str, dtype: torch.dtype) 
     torch.testing.assert_close(expected.float(), plain.weight[ids].float(), rtol=0, atol=0.03)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (37, 21), (48, 64), (17, 130)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_whole_weight_is_the_same_floats_in_both_layouts(backend: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    layer = Int8Linear.from_weight(torch.randn(shape))
+    expected = dequantize_rows(*layer.tensors(), dtype)
+    for _ in range(2):
+        assert torch.equal(layer.dequantize(dtype), expected)
+        layer.prepare()
+
+
 def test_an_index_out_of_range_is_refused_in_both_layouts(backend: str) -> None:
     embedding = Int8Embedding.from_embedding(nn.Embedding(20, 8))
     for _ in range(2):
