@@ -150,7 +150,8 @@ def _kept(subject: Subject, positions: int) -> int:
 
 def _activations(module: torch.nn.Module, rows: int) -> int:
     """Return about what a forward of so many rows holds beside the weights: some copies of its widest layer, in float32."""
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    find = getattr(module, "get_output_embeddings", None)
+    head = find() if callable(find) else None
     linears = (layer for layer in module.modules() if isinstance(layer, torch.nn.Linear) and layer is not head)
     return 4 * rows * 6 * max((layer.out_features for layer in linears), default=1)
 
