@@ -15,7 +15,9 @@ from optkit.core.errors import OptkitError
 from optkit.harness.machine import KINDS, keep_laws
 from optkit.harness.processes import Workers
 from optkit.measure.law import PARAMETERS, Load, Point, errors, fit
+from optkit.models.sources import outline_model
 from optkit.report.law import KindOfLaw, LawReport, write_law
+from optkit.transforms import Plan
 
 Progress = Callable[[str, float | None], None]
 _HELD_OUT = 4  # one point of so many is not seen by the fit that is judged
@@ -34,12 +36,13 @@ def measure_law(
     """Measure every model in every kind, each in a process of its own; fit, judge, write and keep the laws.
 
     Raises:
-        OptkitError: a kind is not known, or too few points could be measured.
+        OptkitError: a kind is not known, a model cannot be of a kind, or too few points could be measured.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise OptkitError(f"unknown kind {unknown[0]!r}; known: {', '.join(KINDS)}")
     count = threads or torch.get_num_threads()
+    _refuse(kinds, models, count)
     folder = files.new_folder(out / "law")
     work = folder / "work"
     work.mkdir()
@@ -61,12 +64,29 @@ def measure_law(
             points += [Point(**{**each, "load": Load(**each["load"])}) for each in swept["points"]]
             skipped += [f"{model} prompt {prompt} batch {batch}" for prompt, batch in swept["skipped"]]
         found.append(_judged(kind, points, skipped))
+        keep_laws(count, {kind: found[-1].law})  # whatever becomes of the other kinds
     report = LawReport({**environment(), "threads": count}, tuple(found))
-    keep_laws(count, {each.kind: each.law for each in found})
     write_law(report, folder)
     shutil.rmtree(work)
     files.seal(folder)
     return folder, report
+
+
+def _refuse(kinds: Sequence[str], models: Sequence[str], threads: int) -> None:
+    """Refuse, before anything is measured, models that cannot be of a kind: all of them at once."""
+    told = []
+    for model in models:
+        for kind in kinds:
+            outline = outline_model(model)
+            try:
+                for step in KINDS[kind]:
+                    with torch.device("meta"):
+                        step.check(Plan(outline, (1,), threads))
+                        outline = step.preview(outline)
+            except OptkitError as error:
+                told.append(f"{model} cannot be measured as {kind}: {error}")
+    if told:
+        raise OptkitError("; ".join(told))
 
 
 def _judged(kind: str, points: list[Point], skipped: list[str]) -> KindOfLaw:

@@ -26,7 +26,7 @@ class Shape(Settings):
 
 
 SHAPES: dict[str, Shape] = {
-    "llama-1m": Shape(layers=4, hidden_size=128, heads=4, kv_heads=2, intermediate_size=352, vocabulary=4096, max_positions=4096),
+    "llama-1m": Shape(layers=4, hidden_size=128, heads=4, kv_heads=2, intermediate_size=384, vocabulary=4096, max_positions=4096),
     "llama-5m": Shape(layers=4, hidden_size=256, heads=4, kv_heads=2, intermediate_size=704, vocabulary=8192, max_positions=4096),
     "llama-25m": Shape(layers=8, hidden_size=448, heads=7, intermediate_size=1216, vocabulary=16384, max_positions=4096),
     "llama-260m": Shape(layers=20, hidden_size=1024, heads=16, kv_heads=4, intermediate_size=2816, vocabulary=32000, max_positions=4096),
