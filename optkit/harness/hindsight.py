@@ -26,6 +26,8 @@ def set_beside(plans: Sequence[PlanReport], experiments: Path) -> HindsightRepor
     rows: list[Foretold] = []
     without: list[str] = []
     for plan in plans:
+        if len(plan.steps) == 1:  # a baseline alone has no ratios
+            continue
         seen = _last_run(experiments / plan.recipe, here)
         if seen is None:
             without.append(plan.recipe)

@@ -17,7 +17,7 @@ from optkit.kernels.int4 import Int4Linear
 from optkit.kernels.int8 import Int8Embedding, Int8Linear
 from optkit.kernels.w8a8 import W8A8Linear
 from optkit.measure.latency import Latency
-from optkit.measure.law import Law, Load
+from optkit.measure.law import Law
 from optkit.measure.sweep import load_of
 from optkit.measure.traffic import weight_bytes_per_token
 from optkit.measure.work import Forward
@@ -128,7 +128,7 @@ def _planned(
         unlawful=unlawful,
         terms=law.terms(later if generates else first[0]) if law else {},
     )
-    return replace(found, warnings=tuple(_warnings(step, outline, found, before, law, later)))
+    return replace(found, warnings=tuple(_warnings(step, outline, found, before, law)))
 
 
 def _pieces(subject: Subject, batch: int, prompt: int, shared: int, only_last: bool) -> list[Forward]:
@@ -156,9 +156,7 @@ def _activations(module: torch.nn.Module, rows: int) -> int:
     return 4 * rows * 6 * max((layer.out_features for layer in linears), default=1)
 
 
-def _warnings(
-    step: Transform | None, outline: Subject, found: PlannedStep, before: PlannedStep | None, law: Law | None, later: Load
-) -> list[str]:
+def _warnings(step: Transform | None, outline: Subject, found: PlannedStep, before: PlannedStep | None, law: Law | None) -> list[str]:
     if step is None or before is None:
         return []
     told = []
@@ -166,9 +164,13 @@ def _warnings(
         told.append("mask only: zeros are stored and multiplied like any other number; no gain in speed or size")
     elif outline.mesh.size > 1:
         told.append(f"served by {outline.mesh.size} processes: not predicted; whether that pays, the run's report says")
-    elif found.tpot_ms is not None and before.tpot_ms is not None and law is not None:
-        share = law.terms(later)["overhead"] / law.seconds(later)
-        if step.step().execution == "real" and found.tpot_ms > _GAIN * before.tpot_ms:
-            why = f"overhead-bound at this size ({share:.0%} of a later token)" if share > 0.5 else f"{found.regime} takes longest"
-            told.append(f"no gain expected in time per token: {why}")
+    elif law is not None and found.ttft_ms is not None and before.ttft_ms is not None:
+        each = "item" if found.tpot_ms is None else "token"
+        now, earlier = (found.ttft_ms, before.ttft_ms) if found.tpot_ms is None else (found.tpot_ms, before.tpot_ms)
+        share = found.terms["overhead"] * 1e3 / now
+        if step.step().execution == "real" and earlier is not None and now > _GAIN * earlier:
+            why = f"overhead-bound at this size ({share:.0%} of it)" if share > 0.5 else f"{found.regime} takes longest"
+            told.append(f"no gain expected in time per {each}: {why}")
+        if each == "token" and found.ttft_ms > before.ttft_ms / _GAIN:
+            told.append(f"the first token is expected to take {found.ttft_ms / before.ttft_ms - 1:.0%} longer")
     return told

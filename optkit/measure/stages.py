@@ -118,11 +118,11 @@ class _Watch:
         Args:
             work: what is done.
             sampled: the choice of the token is part of it.
-            warm: do it once right before each, as what follows a stop pays for cold caches and sleeping threads.
+            warm: do it before each, as often, as what follows a stop pays for cold caches and sleeping threads.
             times: how often in a row.
         """
         if warm:
-            work()
+            self._time(work, sampled, times)
         plain = self._time(work, sampled, times)[0]
         ticks = torch.zeros(len(NATIVE_STAGES), dtype=torch.int64)
         if isinstance(self._engine, NativeEngine):
@@ -130,7 +130,7 @@ class _Watch:
         clock = StageClock(self.module)
         with clock.running():
             if warm:
-                work()
+                self._time(work, sampled, times)
                 ticks.zero_()
             clock.begin()
             watched, sampling = self._time(work, sampled, times)
@@ -199,7 +199,7 @@ def _generation(arm: Opened, watch: _Watch, prompt_tokens: int, new_tokens: int,
     for _ in range(rounds):
         first.append(watch.run(lambda: engine.prefill(request), sampled=True, warm=False))
         step = partial(engine.step, engine.first(request))
-        later += [watch.run(step, sampled=True, times=_STEPS_IN_A_ROW) for _ in range(max(1, new_tokens // (2 * _STEPS_IN_A_ROW)))]
+        later += [watch.run(step, sampled=True, times=_STEPS_IN_A_ROW) for _ in range(max(1, new_tokens // (4 * _STEPS_IN_A_ROW)))]
     engine.reset()
     past = length + new_tokens // 2 + 1  # half of the positions that the steps see
     return {

@@ -125,8 +125,9 @@ class HindsightReport:
         headers = ("recipe", "metric", "why, or warned", "before", "planned", "after", "planned", "ratio (95 %)", "planned", "off")
         lines = ["# Plans and measurements", "", f"- measured on {self.cpu}, ms; a plan within the measured interval is not off", ""]
         lines += markdown_table(headers, [_told(row) for row in self.rows], text_columns=3)
-        near = sum(row.off is not None and row.off <= _NEAR for row in self.rows)
-        lines += ["", f"Within {_NEAR:.0%}: {near} of {len(self.rows)}."]
+        foretold = [row.off for row in self.rows if row.off is not None]
+        near = sum(off <= _NEAR for off in foretold)
+        lines += ["", f"Within {_NEAR:.0%}: {near} of {len(foretold)} that have a law; {len(self.rows) - len(foretold)} have none."]
         if self.without:
             lines += ["", f"Not run there: {', '.join(self.without)}."]
         return "\n".join(lines) + "\n"

@@ -46,7 +46,7 @@ def test_the_last_run_here_counts_and_its_interval_is_forgiven(tmp_path: Path) -
     near, far = found.rows
     assert near.ratio == 0.5 and near.planned_ratio == pytest.approx(0.525) and near.off == 0
     assert far.off == pytest.approx(0.5)
-    assert "Within 25%: 1 of 2." in found.to_markdown() and "Not run there: new." in found.to_markdown()
+    assert "Within 25%: 1 of 2 that have a law; 0 have none." in found.to_markdown() and "Not run there: new." in found.to_markdown()
     assert json.loads(found.to_json())["rows"][1]["off"] == pytest.approx(0.5)
 
 

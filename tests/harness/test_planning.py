@@ -96,6 +96,7 @@ def test_what_is_known_of_a_prompt_is_not_planned_again_and_pieces_are_planned_o
     assert known.steps[1].ttft_ms == pytest.approx(alone.steps[0].ttft_ms, rel=0.1) and known.ratio("ttft_ms") < 0.5
     chunked = plan_of(recipe({"chunked_prefill": {"tokens": 16}}))
     assert chunked.ratio("ttft_ms") > 1.2 and chunked.ratio("tpot_ms") == 1
+    assert "the first token is expected to take" in chunked.steps[1].warnings[0]
     assert chunked.steps[1].serving_bytes < chunked.steps[0].serving_bytes
 
 
@@ -106,6 +107,12 @@ def test_items_are_planned_as_long_as_the_task_makes_them() -> None:
         plan_of(recipe(model=model, task={"forecasting": {"window": days}}, measure={"latency": {}})).steps[0].ttft_ms for days in (32, 64)
     )
     assert short is not None and long == pytest.approx(72 / 40 * short, rel=0.1)  # eight rows are half of the rate
+
+
+def test_no_gain_is_said_of_items_too() -> None:
+    keep_laws(1, {kind: law(SLOW) for kind in KINDS})
+    found = plan_of(recipe("int8", model={"transformer-forecaster": {"hidden_size": 64, "layers": 2}}, task="forecasting"))
+    assert "no gain expected in time per item: overhead-bound at this size" in found.steps[1].warnings[0]
 
 
 def test_steps_in_one_call_have_no_overhead_of_modules() -> None:
