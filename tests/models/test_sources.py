@@ -89,6 +89,7 @@ def test_a_shape_has_the_sizes_that_were_asked_for(family: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "millions"),
     [
+        ("llama-1m", 1.312),
         ("llama-5m", 5.05),
         ("llama-25m", 26.83),
         ("llama-260m", 258.3),
@@ -99,7 +100,7 @@ def test_a_shape_has_the_sizes_that_were_asked_for(family: Any) -> None:
     ],
 )
 def test_a_named_shape_has_the_parameters_of_its_namesake(name: str, millions: float) -> None:
-    assert set(SHAPES) == {"llama-5m", "llama-25m", "llama-260m", "llama-135m", "llama-1b", "gpt2", "qwen2.5-0.5b"}
+    assert set(SHAPES) == {"llama-1m", "llama-5m", "llama-25m", "llama-260m", "llama-135m", "llama-1b", "gpt2", "qwen2.5-0.5b"}
     outline = outline_model(f"shape:{name}")
     assert sum(parameter.numel() for parameter in outline.module.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
     assert config_of(SHAPES[name]).vocab_size == SHAPES[name].vocabulary
