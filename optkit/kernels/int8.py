@@ -13,7 +13,7 @@ from optkit.core.errors import TransformError
 from optkit.kernels.guards import dtype_named, refuse_non_finite, refuse_non_matrix, refuse_override, row_chunks
 from optkit.kernels.layout import LANES, rows_from_kernel, rows_to_kernel
 from optkit.kernels.ops import HALF
-from optkit.kernels.packed import Operands, PackedLayer, PackedLinear, Plan
+from optkit.kernels.packed import Operands, PackedLayer, PackedLinear
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,22 +56,12 @@ class _Rows(PackedLayer):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (out, in) as floats of this dtype."""
-        if self.plan is not None and dtype in HALF and not is_compiling():
-            return self._gathered(self.plan, torch.arange(self._sizes()[0], device="cpu"), dtype)
         q, scale = self.tensors()
         return dequantize_rows(q, scale, dtype)
 
     def column_units(self) -> dict[str, int]:
         """Return that numbers are by column, and scales are not."""
         return {"qweight": 1}
-
-    def _gathered(self, plan: Plan, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the rows (..., in) that whole numbers (...) name, by the kernels."""
-        rows, cols = self._sizes()
-        output = self.scale.new_empty((*ids.shape, cols), dtype=dtype)
-        if plan.native.gather(plan.address, ids.data_ptr(), output.data_ptr(), ids.numel(), HALF[dtype]):
-            raise IndexError(f"an index is out of range: there are {rows} rows")
-        return output
 
     def _to_kernel(self) -> Tensor:
         return rows_to_kernel(self.tensors()[0])
@@ -200,7 +190,11 @@ class Int8Embedding(_Rows, nn.Embedding):
         plan = self.plan
         if is_compiling() or plan is None or self.compute_dtype not in HALF or type(input) is not Tensor or not input.is_cpu:
             return self._forward_torch(input)
-        output = self._gathered(plan, input.contiguous().long(), self.compute_dtype)
+        ids = input.contiguous().long()
+        output = self.scale.new_empty((*ids.shape, self.embedding_dim), dtype=self.compute_dtype)
+        status = plan.native.gather(plan.address, ids.data_ptr(), output.data_ptr(), ids.numel(), HALF[self.compute_dtype])
+        if status:
+            raise IndexError(f"an index is out of range: the embedding has {self.num_embeddings} rows")
         return output if self.multiplier == 1 else output.mul_(self.multiplier)
 
     def _forward_torch(self, input: Tensor) -> Tensor:
