@@ -25,6 +25,9 @@ def profile_command(
 ) -> None:
     """Measure the stages of first and later tokens: time, operations, bytes and cycles of each, before and after a recipe's transforms."""
     from optkit.cli.progress import shown
+    from optkit.harness.members import expect_workers
+
+    expect_workers()
     from optkit.harness.profiling import profile
 
     with shown() as progress:

@@ -27,6 +27,9 @@ def run_command(
 ) -> None:
     """Apply a recipe to its model, measure before and after, and print one table."""
     from optkit.cli.progress import shown
+    from optkit.harness.members import expect_workers
+
+    expect_workers()
     from optkit.harness.joining import world
     from optkit.harness.run import lend, run
 

@@ -17,6 +17,9 @@ def train_command(
 ) -> None:
     """Train the network of a recipe, unless that was done before, and set it against the trivial answer."""
     from optkit.cli.progress import shown
+    from optkit.harness.members import expect_workers
+
+    expect_workers()
     from optkit.harness.lesson import train
 
     with shown() as progress:

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from optkit.core import files
 from optkit.core.errors import ArmError, OptkitError, ResourceError
+from optkit.harness.fork_server import fork_server
 from optkit.harness.pulse import Pulse, innermost
 
 Tell = Callable[[str], None]
@@ -122,6 +123,12 @@ class Member(ABC):
         return ArmError(f"{self.name} ended {how}; its log is {self.log}")
 
 
+def expect_workers() -> None:
+    """Start what workers are forked from: it can import what they need while this process does something else."""
+    if sys.platform == "linux":
+        fork_server(_environment())
+
+
 class Worker(Member):
     """A member on this host, a child of this process."""
 
@@ -129,19 +136,13 @@ class Worker(Member):
         super().__init__(name, log)
         self._stack = log.with_name(f".{log.stem}-{rank}.stack")
         answers, theirs = os.pipe()
-        command = [sys.executable, "-P", "-m", "optkit.harness.worker", "--answers", str(theirs), "--parent", str(os.getpid())]
-        command += ["--threads", str(threads), "--rank", str(rank), "--ranks", str(ranks), "--meeting", meeting]
-        command += ["--stack", str(self._stack)]
+        options = {"threads": threads, "rank": rank, "ranks": ranks, "meeting": meeting, "stack": str(self._stack)}
+        shared = _environment()
+        own = _of_rank(rank, ranks, interface) | {"OMP_NUM_THREADS": str(threads)}
         with files.refusals(log), log.open("ab") as output:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                pass_fds=[theirs],
-                start_new_session=True,
-                env=_environment(threads, rank, ranks, interface),
-            )
+            server = fork_server(shared) if sys.platform == "linux" else None
+            forked = server and server.fork(options, shared | own, theirs, output.fileno())
+            self._process = forked or _started(options, shared | own, theirs, output)
         os.close(theirs)
         self._answers = answers
 
@@ -198,11 +199,30 @@ class Worker(Member):
         self._stack.unlink(missing_ok=True)
 
 
-def _environment(threads: int, rank: int, ranks: int, interface: str) -> dict[str, str]:
-    group = {}
-    if ranks > 1:  # accelerate wants an address even where the ranks meet at a file
-        group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": interface}
+def _started(options: Mapping[str, Any], environment: Mapping[str, str], answers: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-P", "-m", "optkit.harness.worker", "--answers", str(answers), "--parent", str(os.getpid())]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        pass_fds=[answers],
+        start_new_session=True,
+        env=environment,
+    )
+
+
+def _of_rank(rank: int, ranks: int, interface: str) -> dict[str, str]:
+    if ranks == 1:
+        return {}
+    group = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    # accelerate wants an address even where the ranks meet at a file
+    return group | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": interface}
+
+
+def _environment() -> dict[str, str]:
     quiet = {
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
         "TOKENIZERS_PARALLELISM": "false",
@@ -210,4 +230,4 @@ def _environment(threads: int, rank: int, ranks: int, interface: str) -> dict[st
     }
     path = os.pathsep.join(str(Path(place).absolute()) for place in sys.path)  # workers import what the parent can import, and no more
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}  # of a launcher of this process
-    return {**inherited, **group, **quiet, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    return {**inherited, **quiet, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,12 @@ def measure_law(
     most_s: float,
     threads: int | None,
     out: Path,
+    passes: int = 1,
     progress: Progress = lambda doing, share: None,
 ) -> tuple[Path, LawReport]:
     """Measure every model in every kind, each in a process of its own; fit, judge, write and keep the laws.
+
+    Each pass goes over all models of a kind, so that a slow spell of the machine meets a point once; the median of the passes counts.
 
     Raises:
         OptkitError: a kind is not known, a model cannot be of a kind, or too few points could be measured.
@@ -49,12 +53,12 @@ def measure_law(
     found = []
     for kind in kinds:
         points: list[Point] = []
-        skipped: list[str] = []
-        for model in models:
+        skipped: dict[str, None] = {}
+        for number, model in ((number, model) for number in range(1, passes + 1) for model in models):
             with Workers(f"{kind} {model}".replace(":", "-").replace("/", "-"), count, work) as workers:
                 swept = workers.ask(
                     "sweep",
-                    tell=lambda text, kind=kind: progress(f"{kind}: {text}", None),  # type: ignore[misc]
+                    tell=lambda text, kind=kind, number=number: progress(f"{kind}, pass {number} of {passes}: {text}", None),  # type: ignore[misc]
                     model=model,
                     kind=kind,
                     prompts=list(prompts),
@@ -62,8 +66,9 @@ def measure_law(
                     most_s=most_s,
                 )
             points += [Point(**{**each, "load": Load(**each["load"])}) for each in swept["points"]]
-            skipped += [f"{model} prompt {prompt} batch {batch}" for prompt, batch in swept["skipped"]]
-        found.append(_judged(kind, points, skipped))
+            skipped |= {_place(model, prompt, batch): None for prompt, batch in swept["skipped"]}
+        measured = {_place(point.model, point.prompt, point.batch) for point in points}
+        found.append(_judged(kind, _middle(points), [place for place in skipped if place not in measured]))
         keep_laws(count, {kind: found[-1].law})  # whatever becomes of the other kinds
     report = LawReport({**environment(), "threads": count}, tuple(found))
     write_law(report, folder)
@@ -89,6 +94,18 @@ def _refuse(kinds: Sequence[str], models: Sequence[str], threads: int) -> None:
         raise OptkitError("; ".join(told))
 
 
+def _place(model: str, prompt: int, batch: int) -> str:
+    return f"{model} prompt {prompt} batch {batch}"
+
+
+def _middle(points: Iterable[Point]) -> list[Point]:
+    """Return of each forward, measured in several passes, the one of median time; of two the faster."""
+    same: defaultdict[tuple[str, int, int, str], list[Point]] = defaultdict(list)
+    for point in points:
+        same[point.model, point.prompt, point.batch, point.phase].append(point)
+    return [sorted(many, key=lambda point: point.seconds)[(len(many) - 1) // 2] for many in same.values()]
+
+
 def _judged(kind: str, points: list[Point], skipped: list[str]) -> KindOfLaw:
     """Fit without every fourth point, drawn from a fixed seed, and judge by these; the law that is kept has seen all."""
     order = np.random.default_rng(0).permutation(len(points))
@@ -98,5 +115,5 @@ def _judged(kind: str, points: list[Point], skipped: list[str]) -> KindOfLaw:
         raise OptkitError(
             f"{kind}: {len(points)} points are too few to fit {len(PARAMETERS)} parameters; name more models, prompts or batches"
         )
-    off = errors(fit(seen), held)
+    off = errors(fit(seen, draws=0), held)
     return KindOfLaw(kind, fit(points), tuple(points), tuple(skipped), len(held), float(np.median(off)), float(np.percentile(off, 90)))

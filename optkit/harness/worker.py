@@ -31,8 +31,13 @@ def main() -> None:
     parser.add_argument("--meeting", default="")
     parser.add_argument("--stack", default=os.devnull)
     parser.add_argument("--threads", type=int, required=True)
-    options = parser.parse_args()
+    run(parser.parse_args())
+
+
+def run(options: argparse.Namespace) -> None:
+    """Serve commands until standard input ends, with the options that this file takes."""
     _die_with(options.parent)
+    _call_itself(f"worker rank {options.rank}")
     with os.fdopen(options.answers, "w", buffering=1) as answers, Path(options.stack).open("w") as stack:
         faulthandler.register(signal.SIGUSR1, stack, all_threads=False)  # for a parent that wonders where this process hangs
         serve(options, answers)
@@ -77,6 +82,12 @@ def _guarded(answers: IO[str], work: Callable[[], Any]) -> Any:
 def _bug(answers: IO[str], error: Exception) -> None:
     traceback.print_exc()
     answers.write(json.dumps({"failed": f"{type(error).__name__}: {error}"}) + "\n")
+
+
+def _call_itself(name: str) -> None:
+    """Give this process a name for lists of processes, where it can have one: a forked one has the command of its server."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(15, name.encode())  # PR_SET_NAME
 
 
 def _die_with(parent: int) -> None:

@@ -111,8 +111,10 @@ class Law:
         return cls({name: plain[name]["value"] for name in PARAMETERS}, ends)
 
 
-def fit(points: Sequence[Point], seed: int = 0) -> Law:
+def fit(points: Sequence[Point], seed: int = 0, draws: int = _DRAWS) -> Law:
     """Return the law that comes nearest to the points, by the logarithm of the error, with intervals from drawing points anew.
+
+    Without ``draws`` the intervals are the values alone.
 
     Raises:
         ValueError: there are fewer points than parameters.
@@ -122,8 +124,8 @@ def fit(points: Sequence[Point], seed: int = 0) -> Law:
     columns, taken = _columns([point.load for point in points]), np.array([point.seconds for point in points])
     best = _solve(columns, taken, np.log(_START))
     draw = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(_DRAWS):
+    drawn = [best]
+    for _ in range(draws):
         rows = draw.integers(0, len(points), len(points))
         drawn.append(_solve(columns[rows], taken[rows], best))
     low, high = np.percentile(np.array(drawn), [2.5, 97.5], axis=0)

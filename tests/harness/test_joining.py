@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from whole_runs import workers_of
 
 from optkit.core.errors import MissingError, OptkitError
 from optkit.harness.joining import World, interface_of, own_address, world
@@ -88,7 +89,7 @@ def test_a_port_that_is_taken_is_told_with_the_remedy(start: Start, port: int) -
 def test_two_commands_serve_one_model_and_where_one_is_killed_both_end_and_go_on(start: Start, tmp_path: Path) -> None:
     first, second = start(0), start(1)
     deadline = time.monotonic() + 120
-    while not any("optkit.harness.worker" in " ".join(child.cmdline()) for child in psutil.Process(second.pid).children()):
+    while not workers_of(second.pid):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     second.kill()
@@ -98,6 +99,7 @@ def test_two_commands_serve_one_model_and_where_one_is_killed_both_end_and_go_on
     time.sleep(1)
     left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or ())]
     assert left == []
+    assert workers_of(first.pid) == workers_of(second.pid) == []
     again = [start(0, "--resume"), start(1, "--resume")]
     code, output, errors = ended(again[0], 180)
     assert code == 0, errors

@@ -223,5 +223,5 @@ def test_where_a_worker_sleeps_is_told_by_line(workers: Workers, tmp_path: Path,
 
 
 def rank(number: int) -> psutil.Process:
-    (found,) = (process for process in mine() if process.cmdline()[process.cmdline().index("--rank") + 1] == str(number))
+    (found,) = (process for process in mine() if process.name() == f"worker rank {number}")
     return found

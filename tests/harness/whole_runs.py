@@ -97,8 +97,9 @@ def workers_of(parent: int, within_s: float = 0.0) -> list[int]:
 def _is_worker_of(process: psutil.Process, parent: int) -> bool:
     try:
         words = process.cmdline()
-        return "optkit.harness.worker" in words and words[words.index("--parent") + 1] == str(parent)
-    except psutil.Error:
+        started = "optkit.harness.worker" in words or ("optkit.harness.fork_server" in words and os.getsid(process.pid) != process.pid)
+        return started and words[words.index("--parent") + 1] == str(parent)
+    except (psutil.Error, ProcessLookupError):
         return False
 
 
