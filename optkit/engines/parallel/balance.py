@@ -14,7 +14,7 @@ from torch import nn
 from optkit.engines.eager import EagerEngine
 from optkit.engines.parallel.stages import block_list
 
-_ROWS, _PROMPT, _STEPS = 32, 16, 6  # stages pay where batches are large, and there products count, not the reading of weights
+_PROMPT, _STEPS = 4, 6
 
 
 class Times(NamedTuple):
@@ -26,8 +26,10 @@ class Times(NamedTuple):
 
 
 @torch.inference_mode()
-def step_times(module: Any) -> Times:
-    """Return the median times of steps of one token for each of some sequences.
+def step_times(module: Any, rows: int = 32) -> Times:
+    """Return the median times of steps of one token for each of so many sequences.
+
+    Stages pay where batches are large, and there products count, not the reading of weights.
 
     Blocks of equal shape take equal time, so that one value is given for all of them: a cut must not follow what differs by chance.
     """
@@ -35,20 +37,20 @@ def step_times(module: Any) -> Times:
     marks: list[float] = []
     handles = [listed[0].register_forward_pre_hook(lambda *_: marks.append(time.perf_counter()))]
     handles += [block.register_forward_hook(lambda *_: marks.append(time.perf_counter())) for block in listed]
-    engine, rows = EagerEngine(module), []
+    engine, found = EagerEngine(module), []
     vocabulary = int(module.config.vocab_size)
     try:
-        tokens = engine.prefill(torch.arange(_ROWS * _PROMPT).view(_ROWS, _PROMPT) % vocabulary).argmax(-1)
+        tokens = engine.prefill(torch.arange(rows * _PROMPT).view(rows, _PROMPT) % vocabulary).argmax(-1)
         for _ in range(_STEPS):
             marks.clear()
             start = time.perf_counter()
             tokens = engine.step(tokens).argmax(-1)
             edges = [start, *marks, time.perf_counter()]
-            rows.append([end - begin for begin, end in pairwise(edges)])
+            found.append([end - begin for begin, end in pairwise(edges)])
     finally:
         for handle in handles:
             handle.remove()
-    first, *blocks, last = (median(column) for column in zip(*rows, strict=True))
+    first, *blocks, last = (median(column) for column in zip(*found, strict=True))
     return Times(first, shared([_shape(block) for block in listed], blocks), last)
 
 

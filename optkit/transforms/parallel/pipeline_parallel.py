@@ -30,6 +30,9 @@ class PipelineParallel(Parallel):
 
     role: ClassVar[Role] = "pipeline"
     micro_batches: Annotated[int, Field(ge=1, le=4096)] = Field(default=8, description="parts of a batch that follow one another")
+    rows: Annotated[int, Field(ge=1, le=4096)] = Field(
+        default=32, description="sequences of a micro-batch by whose time the stages are balanced: the head's share grows with them"
+    )
     stages: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(), description="blocks of each stage; default: balanced by measured time"
     )
@@ -55,6 +58,6 @@ class PipelineParallel(Parallel):
         """
         if is_on_meta(module):
             return self
-        stages = self.stages or balanced(step_times(module), self.size)
+        stages = self.stages or balanced(step_times(module, self.rows), self.size)
         rehearse(module, Mesh(pipeline=self.size), stages)
         return self.model_copy(update={"stages": stages})
