@@ -62,6 +62,7 @@ class ForkServer:
         self.environment = dict(environment)
         self.owner = os.getpid()
         self._forked: list[Forked] = []
+        self._interrupted = False
         self._turn = threading.Lock()
         self._line, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-m", "optkit.harness.fork_server", "--line", str(theirs.fileno()), "--parent", str(self.owner)]
@@ -78,8 +79,8 @@ class ForkServer:
         self._line.settimeout(_STARTUP_S)
 
     def is_lost(self) -> bool:
-        """Say whether it has forked workers, and does not run any more."""
-        return bool(self._forked) and self._process.poll() is not None
+        """Say whether it could fork workers, and cannot any more."""
+        return self._interrupted or (bool(self._forked) and self._process.poll() is not None)
 
     def is_idle(self) -> bool:
         """Say whether no worker that it has forked is in use."""
@@ -101,10 +102,13 @@ class ForkServer:
         try:
             with self._turn:
                 pid = self._asked(request, [theirs, output, answers, folder, told])
-        except OSError:
+        except BaseException as error:
             os.close(stdin)
             os.close(status)
-            return None
+            if isinstance(error, OSError):
+                return None
+            self._interrupted = True  # a late answer would be taken for that to the next question
+            raise
         finally:
             for passed in (theirs, told, folder):
                 os.close(passed)

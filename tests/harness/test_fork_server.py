@@ -91,6 +91,21 @@ def test_a_server_that_was_killed_takes_its_workers_along_and_the_next_ones_have
         assert parent_of(two) != server
 
 
+def test_after_a_question_that_was_interrupted_there_is_another_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(line: object, count: int) -> bytes:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(home, "_exactly", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Workers("one", 1, tmp_path)
+    (lost,) = home._started
+    with Workers("two", 1, tmp_path) as two:
+        pid(two)
+    assert lost not in home._started
+    assert lost._process.poll() is not None
+
+
 def test_how_a_worker_ended_is_told_by_the_server(tmp_path: Path) -> None:
     with Workers("one", 1, tmp_path) as one:
         os.kill(pid(one), signal.SIGTERM)
