@@ -27,6 +27,7 @@ from optkit.harness import worker
 
 _IMPORTED = ("optkit.harness.arm", "transformers.modeling_utils", "transformers.models.llama.modeling_llama", "accelerate")
 _STARTUP_S = 120.0
+_INHERITED = ("Umask", "Uid", "Gid", "Cpus_allowed_list")
 _PASSING = {"PYTEST_CURRENT_TEST"}  # changes while a process runs, and no library reads it
 
 
@@ -59,7 +60,7 @@ class ForkServer:
     """The server, as the process that started it sees it. It ends with that process."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        self.environment = dict(environment)
+        self.begun_with = _begun_with(environment)
         self.owner = os.getpid()
         self._forked: list[Forked] = []
         self._interrupted = False
@@ -74,7 +75,7 @@ class ForkServer:
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
-                env=self.environment,
+                env=dict(environment),
             )
         self._line.settimeout(_STARTUP_S)
 
@@ -133,17 +134,25 @@ _started: list[ForkServer] = []
 
 def fork_server(environment: Mapping[str, str]) -> ForkServer:
     """Return this process's server for an environment, started where there is none; one for another ends when its workers have."""
-    wanted = {name: value for name, value in environment.items() if name not in _PASSING}
-    for server in [each for each in _started if each.is_lost() or (each.environment != wanted and each.is_idle())]:
+    wanted = _begun_with(environment)
+    for server in [each for each in _started if each.is_lost() or (each.begun_with != wanted and each.is_idle())]:
         _started.remove(server)
         server.end()
-    found = [each for each in _started if each.owner == os.getpid() and each.environment == wanted]
+    found = [each for each in _started if each.owner == os.getpid() and each.begun_with == wanted]
     if not found:
         if not _started:
             atexit.register(_end_all)
-        found = [ForkServer(wanted)]
+        found = [ForkServer(environment)]
         _started.extend(found)
     return found[0]
+
+
+def _begun_with(environment: Mapping[str, str]) -> Any:
+    """Return what a process that this one starts would have from it: a server that began with something else is of no use."""
+    own = Path("/proc/self")
+    status = [line for line in (own / "status").read_text().splitlines() if line.startswith(_INHERITED)]
+    lasting = {name: value for name, value in environment.items() if name not in _PASSING}
+    return lasting, (own / "limits").read_text(), status, os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def _end_all() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -68,6 +69,18 @@ def test_another_environment_has_another_server_and_the_last_one_ends_when_it_is
     with Workers("three", 1, tmp_path) as three:
         pid(three)
     assert not before.is_running()
+
+
+def test_a_worker_has_the_limits_that_this_process_has_now(tmp_path: Path) -> None:
+    with Workers("before", 1, tmp_path) as before:
+        pid(before)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**30, limits[1]))
+    try:
+        with Workers("one", 1, tmp_path) as one:
+            assert psutil.Process(pid(one)).rlimit(psutil.RLIMIT_FSIZE)[0] == 2**30
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_where_nothing_can_be_forked_workers_are_started_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
