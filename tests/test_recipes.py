@@ -1,6 +1,6 @@
 """Every shipped recipe is run, the large ones in their smoke form: the same transforms on a tiny shape.
 
-The arms share this process: in processes of their own, which other tests start, every run would import for half a minute.
+The arms share this process: in processes of their own, which other tests start, every run would open and warm each of them for itself.
 """
 
 from __future__ import annotations
