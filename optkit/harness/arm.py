@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from optkit.core import files
 from optkit.core.device import CPU, device_of
@@ -49,6 +50,7 @@ class Arm:
 
     def __init__(self, rank: int, ranks: int, meeting: str, threads: int, tell: Tell) -> None:
         torch.set_num_threads(threads)
+        threadpool_limits(threads)  # of NumPy and SciPy, which a forked process has with the threads of its server
         self._tell = tell if rank == 0 else lambda text: None
         self._group = _join(rank, ranks, meeting)
         self._device = CPU

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -36,7 +37,7 @@ class Forked:
 
     def __init__(self, pid: int, stdin: int, status: int) -> None:
         self.pid = pid
-        self.stdin: IO[bytes] | None = os.fdopen(stdin, "wb", buffering=0)
+        self.stdin: IO[bytes] | None = os.fdopen(stdin, "wb")
         self.returncode: int | None = None
         self._status = status
 
@@ -96,25 +97,25 @@ class ForkServer:
             answers: the end of a pipe that it writes to.
             output: a file that it prints to.
         """
+        request = json.dumps({"options": dict(options), "environment": dict(environment)}).encode()
         theirs, stdin = os.pipe()
         status, told = os.pipe()
-        folder = os.open(".", os.O_RDONLY)  # it may be gone, but for those who are there
-        request = json.dumps({"options": dict(options), "environment": dict(environment)}).encode()
+        forked = None
         try:
-            with self._turn:
+            with self._turn, _opened(".") as folder:
                 pid = self._asked(request, [theirs, output, answers, folder, told])
-        except BaseException as error:
-            os.close(stdin)
-            os.close(status)
-            if isinstance(error, OSError):
-                return None
+                if pid:
+                    forked = Forked(pid, stdin, status)
+                    self._forked = [*(each for each in self._forked if each.returncode is None), forked]
+        except OSError:
+            self._process.kill()  # what it forks late must not answer beside another worker
+        except BaseException:
             self._interrupted = True  # a late answer would be taken for that to the next question
             raise
         finally:
-            for passed in (theirs, told, folder):
-                os.close(passed)
-        self._forked = [*(each for each in self._forked if each.returncode is None), Forked(pid, stdin, status)]
-        return self._forked[-1]
+            for ours in (theirs, told) if forked else (theirs, told, stdin, status):
+                os.close(ours)
+        return forked
 
     def end(self) -> None:
         """End it and the workers that it has forked."""
@@ -124,27 +125,28 @@ class ForkServer:
             self._process.wait()
 
     def _asked(self, request: bytes, passed: Sequence[int]) -> int:
+        """Return the number of the new process, or 0 where there is none."""
         socket.send_fds(self._line, [len(request).to_bytes(8, "big")], passed)
         self._line.sendall(request)
         return int.from_bytes(_exactly(self._line, 8), "big")
 
 
 _started: list[ForkServer] = []
+_turn = threading.Lock()
 
 
 def fork_server(environment: Mapping[str, str]) -> ForkServer:
     """Return this process's server for an environment, started where there is none; one for another ends when its workers have."""
     wanted = _begun_with(environment)
-    for server in [each for each in _started if each.is_lost() or (each.begun_with != wanted and each.is_idle())]:
-        _started.remove(server)
-        server.end()
-    found = [each for each in _started if each.owner == os.getpid() and each.begun_with == wanted]
-    if not found:
-        if not _started:
-            atexit.register(_end_all)
-        found = [ForkServer(environment)]
-        _started.extend(found)
-    return found[0]
+    with _turn:
+        for server in [each for each in _started if each.is_lost() or (each.begun_with != wanted and each.is_idle())]:
+            _started.remove(server)
+            server.end()
+        found = [each for each in _started if each.owner == os.getpid() and each.begun_with == wanted]
+        if not found:
+            found = [ForkServer(environment)]
+            _started.extend(found)
+        return found[0]
 
 
 def _begun_with(environment: Mapping[str, str]) -> Any:
@@ -155,6 +157,7 @@ def _begun_with(environment: Mapping[str, str]) -> Any:
     return lasting, (own / "limits").read_text(), status, os.getpriority(os.PRIO_PROCESS, 0)
 
 
+@atexit.register
 def _end_all() -> None:
     for server in _started:
         server.end()
@@ -168,14 +171,21 @@ def main() -> None:
     options = parser.parse_args()
     for name in _IMPORTED:
         importlib.import_module(name)
-    if _can_fork():
-        with socket.socket(fileno=options.line) as line:
-            _serve(line)
+    try:
+        if _can_fork():
+            gc.freeze()  # a collection would write to what all workers share
+            _serve(socket.socket(fileno=options.line))
+    finally:
+        os._exit(0)  # at once, as its workers end with it
 
 
 def _can_fork() -> bool:
     own = Path("/proc/self")
-    if not hasattr(os, "pidfd_open") or "libcuda.so" in (own / "maps").read_text():
+    if "libcuda.so" in (own / "maps").read_text():
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
         return False
     pid = os.fork()
     if not pid:
@@ -199,7 +209,13 @@ def _serve(line: socket.socket) -> None:
                 if not head:
                     return
                 request = json.loads(_exactly(line, int.from_bytes(head, "big")))
-                pid = os.fork()
+                try:
+                    pid = os.fork()
+                except OSError:  # no more processes, or no memory
+                    for descriptor in passed:
+                        os.close(descriptor)
+                    line.sendall(bytes(8))
+                    continue
                 if not pid:
                     for own in (events, line):
                         own.close()
@@ -246,6 +262,16 @@ def _become_worker(request: Mapping[str, Any], passed: Sequence[int], server: in
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+@contextlib.contextmanager
+def _opened(folder: str) -> Iterator[int]:
+    """Give a descriptor of a folder, which may be gone but for those who are there."""
+    found = os.open(folder, os.O_PATH)
+    try:
+        yield found
+    finally:
+        os.close(found)
 
 
 def _exactly(line: socket.socket, count: int) -> bytes:

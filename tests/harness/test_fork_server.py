@@ -44,7 +44,7 @@ def test_workers_are_processes_of_their_own_with_one_parent_that_is_a_child_of_t
         assert parent_of(one).ppid() == os.getpid()
 
 
-def test_a_worker_has_the_folder_the_environment_and_the_log_that_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_has_the_folder_and_the_log_that_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Workers("warm", 1, tmp_path) as warm:
         pid(warm)
     (tmp_path / "here").mkdir()
@@ -90,6 +90,23 @@ def test_where_nothing_can_be_forked_workers_are_started_anew(tmp_path: Path, mo
     monkeypatch.setattr(home.ForkServer, "_asked", declined)
     with Workers("one", 1, tmp_path) as one:
         assert parent_of(one).pid == os.getpid()
+
+
+def test_a_server_that_does_not_answer_ends_before_a_worker_is_started_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(home, "_STARTUP_S", 0.01)
+    with Workers("one", 1, tmp_path) as one:
+        assert parent_of(one).pid == os.getpid()
+        (server,) = home._started
+        assert server._process.wait(5) == -signal.SIGKILL
+
+
+def test_a_worker_ends_with_its_input(tmp_path: Path) -> None:
+    with Workers("one", 1, tmp_path) as one, Workers("two", 1, tmp_path) as two:
+        pid(two)
+        process = psutil.Process(pid(one))
+        one._members[0]._process.stdin.close()  # type: ignore[attr-defined]
+        assert process.wait(10) is None
+        pid(two)
 
 
 def test_a_server_that_was_killed_takes_its_workers_along_and_the_next_ones_have_another(tmp_path: Path) -> None:
