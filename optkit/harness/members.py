@@ -142,6 +142,9 @@ class Worker(Member):
         with files.refusals(log), log.open("ab") as output:
             server = fork_server(shared) if sys.platform == "linux" else None
             forked = server and server.fork(options, shared | own, theirs, output.fileno())
+            if forked is None:
+                output.write(b"started anew: nothing can be forked here\n")
+                output.flush()
             self._process = forked or _started(options, shared | own, theirs, output)
         os.close(theirs)
         self._answers = answers

@@ -90,6 +90,7 @@ def test_where_nothing_can_be_forked_workers_are_started_anew(tmp_path: Path, mo
     monkeypatch.setattr(home.ForkServer, "_asked", declined)
     with Workers("one", 1, tmp_path) as one:
         assert parent_of(one).pid == os.getpid()
+    assert (tmp_path / "one.log").read_text().startswith("started anew")
 
 
 def test_a_server_that_does_not_answer_ends_before_a_worker_is_started_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
