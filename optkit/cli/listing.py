@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 
 def list_names(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
     """List transforms, meters, tasks, networks and model sources."""
+    from optkit.core.files import json_text
     from optkit.measure import METERS
     from optkit.models.networks import NETWORKS
     from optkit.models.sources import SOURCES
@@ -22,7 +22,7 @@ def list_names(as_json: Annotated[bool, typer.Option("--json", help="print JSON"
         kinds[title] = {name: _entry(registry[name]) for name in registry}
     kinds["models"] = {name: {"summary": summary, "settings": {}} for name, summary in SOURCES.items()}
     if as_json:
-        sys.stdout.write(json.dumps({"schema": 1, **kinds}, indent=1) + "\n")
+        sys.stdout.write(json_text({"schema": 1, **kinds}))
         return
     for title, entries in kinds.items():
         sys.stdout.write(f"{title}\n")

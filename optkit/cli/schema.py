@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 
 def schema() -> None:
     """Print the JSON Schema of recipe files, so that editors complete and check them."""
+    from optkit.core.files import json_text
     from optkit.recipe.json_schema import recipe_schema
 
-    sys.stdout.write(json.dumps(recipe_schema(), indent=1) + "\n")
+    sys.stdout.write(json_text(recipe_schema()))

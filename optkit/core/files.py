@@ -16,6 +16,7 @@ from typing import Any
 from optkit.core.errors import ArtefactError, OptkitError, PlaceError, ResourceError
 
 MANIFEST = "manifest.json"
+_PLAIN_LISTS = re.compile(r"\[\n\s*([-+.\w]+(?:,\n\s*[-+.\w]+)*)\n\s*\]")  # strings have quotes, and no line ends
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,8 +45,17 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON with sorted layout; NaN is refused, because it is no JSON."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    """Write what :func:`json_text` makes of a value."""
+    write_text(path, json_text(value))
+
+
+def json_text(value: object) -> str:
+    """Return JSON, a line for each entry, but one for a whole list of numbers; NaN is refused, because it is no JSON.
+
+    Bytes of a path that are no UTF-8 become escapes.
+    """
+    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False).encode(errors="backslashreplace").decode()
+    return _PLAIN_LISTS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def read_json(path: Path) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from optkit.core.files import json_text
 from optkit.report.metrics import number
 from optkit.report.table import markdown_table
 
@@ -35,7 +35,7 @@ class Line:
 def to_json(lines: Sequence[Line], sizes: dict[str, int], environment: dict[str, Any]) -> str:
     """Return the bench as JSON: ``schema``, ``sizes``, ``environment`` and ``lines``."""
     found = {"schema": SCHEMA, "sizes": sizes, "environment": environment, "lines": [asdict(line) for line in lines]}
-    return json.dumps(found, indent=1, allow_nan=False) + "\n"
+    return json_text(found)
 
 
 def to_markdown(lines: Sequence[Line], title: str) -> str:

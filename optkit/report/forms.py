@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
+from optkit.core.files import json_text
 from optkit.report.metrics import HIGHER_IS_BETTER, interval, number, scale_of, title_of
 from optkit.report.page import VERDICTS, direction, render
 from optkit.report.plots import Point, quality_speed_figure
@@ -58,7 +58,7 @@ def to_csv(table: pd.DataFrame) -> str:
 def to_json(table: pd.DataFrame) -> str:
     """Return ``{"schema": 1, "rows": [...], "notes": [...]}``: every column, null where nothing was measured."""
     rows = [{str(name): _jsonable(value) for name, value in row.items()} for row in table.to_dict(orient="records")]
-    return json.dumps({"schema": 1, "rows": rows, "notes": _notes(table)}, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    return json_text({"schema": 1, "rows": rows, "notes": _notes(table)})
 
 
 def to_html(table: pd.DataFrame) -> str:

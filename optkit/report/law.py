@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,7 +65,7 @@ class LawReport:
             }
             for each in self.kinds
         ]
-        return json.dumps({"schema": SCHEMA, "environment": dict(self.environment), "kinds": kinds}, indent=1, allow_nan=False) + "\n"
+        return files.json_text({"schema": SCHEMA, "environment": dict(self.environment), "kinds": kinds})
 
     def to_markdown(self) -> str:
         """Return a table of parameters, one of errors, and the regimes of each model."""

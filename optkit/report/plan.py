@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from optkit.core.files import json_text
 from optkit.report.metrics import number
 from optkit.report.table import markdown_table
 
@@ -53,7 +53,7 @@ class PlanReport:
     def to_json(self) -> str:
         """Return the plan as JSON."""
         ratios = {metric: self.ratio(metric) for metric in ("ttft_ms", "tpot_ms")}
-        return json.dumps({"schema": SCHEMA, **asdict(self), "ratios": ratios}, indent=1, allow_nan=False) + "\n"
+        return json_text({"schema": SCHEMA, **asdict(self), "ratios": ratios})
 
     def to_markdown(self) -> str:
         """Return the plan as a table, with its warnings."""
@@ -118,7 +118,7 @@ class HindsightReport:
         """Return the table as JSON."""
         rows = [{**asdict(row), "planned_ratio": row.planned_ratio, "off": row.off} for row in self.rows]
         plain = {"schema": SCHEMA, "cpu": self.cpu, "rows": rows, "without": list(self.without)}
-        return json.dumps(plain, indent=1, allow_nan=False) + "\n"
+        return json_text(plain)
 
     def to_markdown(self) -> str:
         """Return the table, and how many ratios came within a quarter."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,7 +49,7 @@ class ProfileReport:
 
     def to_json(self) -> str:
         """Return the profile as JSON: ``arms``, each with ``phases`` of ``total_ms`` and ``stages`` (ms, flops, bytes, cycles)."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False) + "\n"
+        return files.json_text({"schema": SCHEMA, **asdict(self)})
 
     def to_markdown(self) -> str:
         """Return a table for each phase of each arm, with what its sum and its watching came to."""

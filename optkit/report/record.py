@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from optkit.core.errors import ArtefactError
-from optkit.core.files import read_json
+from optkit.core.files import json_text, read_json
 from optkit.core.measurement import Comparison, Measurement, Verdict
 
 SCHEMA = 2
@@ -223,7 +223,7 @@ class Report(Record):
 
     def to_json(self) -> str:
         """Return ``report.json`` as text: the same text for the same report, and no NaN."""
-        return json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        return json_text(self.model_dump(mode="json"))
 
     @classmethod
     def load(cls, path: Path | str) -> Report:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from optkit.core.files import json_text
 from optkit.core.measurement import Comparison
 from optkit.report.metrics import number
 from optkit.report.table import markdown_table
@@ -44,7 +44,7 @@ class Training:
 
     def to_json(self) -> str:
         """Return the training as JSON."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False) + "\n"
+        return json_text({"schema": SCHEMA, **asdict(self)})
 
     def to_markdown(self) -> str:
         """Return the training as a table with a few lines of facts."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import random
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from optkit.core import files
 from optkit.core.errors import ArtefactError, ResourceError
@@ -47,6 +51,25 @@ def test_json_that_cannot_be_read_is_named(tmp_path: Path, text: bytes | None, e
         path.write_bytes(text)
     with pytest.raises(ArtefactError, match=f"a.json {expected}"):
         files.read_json(path)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        lambda of: st.lists(of) | st.dictionaries(st.text(), of),
+    )
+)
+def test_json_says_the_same_however_it_is_laid_out(value: Any) -> None:
+    assert json.loads(files.json_text(value)) == value
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.none() | st.booleans(), min_size=1))
+def test_a_list_of_numbers_takes_one_line(numbers: list[Any]) -> None:
+    assert files.json_text({"samples": numbers}).count("\n") == 3
+
+
+def test_a_path_that_is_no_utf8_is_escaped() -> None:
+    assert files.json_text(["a\udcff"]) == '[\n "a\\udcff"\n]\n'
 
 
 def test_a_folder_appears_whole_and_sealed(tmp_path: Path) -> None:
