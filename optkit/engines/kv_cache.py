@@ -152,6 +152,17 @@ def refusal(module: nn.Module, bits: int, group_size: int | None) -> str | None:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             kind = type(layer).__name__
             return f"layer {number} of {config.model_type} keeps its past as {kind}, not as keys and values; leave kv_cache out"
+    return kv.refusal(_channels(config), bits, group_size)
+
+
+def share_of_bytes(module: nn.Module, positions: int, bits: int, group_size: int | None = None, keep_recent: int = 0) -> float:
+    """Return which share of the bytes of plain keys and values the packed ones of so many positions have. Shapes suffice."""
+    channels = _channels(module.config)
+    plain = channels * next(tensor.element_size() for tensor in module.parameters() if tensor.is_floating_point())
+    packed = max(0, positions - keep_recent) / positions
+    return 1 - packed * (1 - kv.bytes_of(channels, bits, group_size) / plain)
+
+
+def _channels(config: Any) -> int:
     text = config.get_text_config(decoder=True)
-    channels = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return kv.refusal(channels, bits, group_size)
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)

@@ -86,9 +86,7 @@ def _foretold(plan: PlanReport, metric: str, seen: dict[str, Any]) -> Foretold:
 
 
 def _why(plan: PlanReport) -> str:
-    """Return what keeps a plan from foretelling, or what it has warned of."""
-    first, last = plan.steps[0], plan.steps[-1]
-    nameless = [step.name for step in (first, last) if step.kind is None]
-    if nameless:
-        return f"no law for {last.unlawful or first.unlawful or nameless[-1]}"
-    return "; ".join(warning for step in plan.steps for warning in step.warnings)
+    """Return what a plan has warned of, or what keeps it from foretelling."""
+    told = [warning for step in plan.steps for warning in step.warnings]
+    nameless = [step.unlawful or step.name for step in (plan.steps[-1], plan.steps[0]) if step.kind is None]
+    return "; ".join(told or [f"no law for {name}" for name in nameless[:1]])

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from optkit.core.subject import GENERATING, Subject
+from optkit.engines.kv_cache import share_of_bytes
 from optkit.engines.native import refusal
 from optkit.engines.sliding_window import piece_tokens
 from optkit.harness.checking import check_recipe, outline_of
@@ -29,6 +30,13 @@ from optkit.transforms import Plan, Transform
 
 _RUNTIME_BYTES = 300 * 2**20  # Python with its libraries, resident
 _GAIN = 0.95  # a predicted ratio above this is none
+_NO_FASTER = {  # steps that never make one request faster, and what they do instead
+    "kv_cache": "packed keys and values save memory, and attention gets floats again",
+    "offload": "what does not fit is fetched for each token",
+    "ensemble": "a request takes the time of all its models",
+    "data_parallel": "whole requests are shared out, and only batches profit",
+    "pipeline_parallel": "a request passes all stages one after another, and only batches profit",
+}
 _OWN_WAYS = {"offload", "ensemble", "draft", "adaptive", "kv_cache", "prompt_lookup", "sparse", "bucketing"}
 # Layers by the law that they follow; "": that of the floats around them.
 _PACKED: dict[type, str] = {Int8Linear: "int8", W8A8Linear: "int8", Int8Embedding: "", Int4Linear: "int4"}
@@ -111,7 +119,7 @@ def _planned(
     first = [load_of(module, piece) for piece in pieces]
     middle, end = (Forward(batch, 1, _kept(outline, prompt + count)) for count in (meter.new_tokens // 2, meter.new_tokens))
     later = load_of(module, middle, in_one_call)
-    cache = int(load_of(module, end).cache_bytes) if generates else 0
+    cache = int(load_of(module, end).cache_bytes * _packed_share(outline, end.past)) if generates else 0
     law = laws.get(kind) if kind else None
     serving = stored + cache + _RUNTIME_BYTES + _activations(module, max(piece.batch * piece.tokens for piece in pieces))
     found = PlannedStep(
@@ -148,6 +156,12 @@ def _kept(subject: Subject, positions: int) -> int:
     return positions if window is None else min(positions, window["positions"] + window["sinks"])
 
 
+def _packed_share(subject: Subject, positions: int) -> float:
+    """Return which share of the bytes of plain keys and values a subject holds after so many positions."""
+    packing = next((step.settings for step in subject.history if step.name == "kv_cache"), None)
+    return 1.0 if packing is None else share_of_bytes(subject.module, positions, **packing)
+
+
 def _activations(module: torch.nn.Module, rows: int) -> int:
     """Return about what a forward of so many rows holds beside the weights: some copies of its widest layer, in float32."""
     find = getattr(module, "get_output_embeddings", None)
@@ -160,12 +174,14 @@ def _warnings(step: Transform | None, outline: Subject, found: PlannedStep, befo
     if step is None or before is None:
         return []
     told = []
+    each = "token" if outline.kind in GENERATING else "item"
+    if step.step().name in _NO_FASTER:
+        told.append(f"no gain expected in time per {each}: {_NO_FASTER[step.step().name]}")
     if step.step().execution == "simulated":
         told.append("mask only: zeros are stored and multiplied like any other number; no gain in speed or size")
     elif outline.mesh.size > 1:
         told.append(f"served by {outline.mesh.size} processes: not predicted; whether that pays, the run's report says")
     elif law is not None and found.ttft_ms is not None and before.ttft_ms is not None:
-        each = "item" if found.tpot_ms is None else "token"
         now, earlier = (found.ttft_ms, before.ttft_ms) if found.tpot_ms is None else (found.tpot_ms, before.tpot_ms)
         share = found.terms["overhead"] * 1e3 / now
         if step.step().execution == "real" and earlier is not None and now > _GAIN * earlier:
@@ -173,4 +189,6 @@ def _warnings(step: Transform | None, outline: Subject, found: PlannedStep, befo
             told.append(f"no gain expected in time per {each}: {why}")
         if each == "token" and found.ttft_ms > before.ttft_ms / _GAIN:
             told.append(f"the first token is expected to take {found.ttft_ms / before.ttft_ms - 1:.0%} longer")
+    elif found.unlawful != before.unlawful:
+        told.append(f"times are not predicted: no law for {found.unlawful}")
     return told

@@ -76,6 +76,11 @@ def quantize(x: Tensor, bits: int, group_size: int | None = None) -> Packed:
     return Packed(numbers, scale, low)
 
 
+def bytes_of(channels: int, bits: int, group_size: int | None = None) -> float:
+    """Return the bytes of the keys, or of the values, of one position and head with so many channels, packed."""
+    return channels * bits / 8 + 4 * channels / (channels if group_size is None else group_size)
+
+
 def dequantize(packed: Packed, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return (b, h, n, d) floats of the given type: number * scale + low, computed in float32."""
     numbers = packed.numbers

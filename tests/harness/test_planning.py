@@ -77,7 +77,27 @@ def test_without_a_law_bytes_are_told_and_how_to_get_times() -> None:
 def test_what_several_processes_serve_has_no_law() -> None:
     keep_laws(1, {kind: law(FAST) for kind in KINDS})
     found = plan_of(recipe({"data_parallel": {"size": 2}}, measure={"latency": {"batch_sizes": [2]}}))
-    assert found.steps[1].kind is None and "2 processes" in found.steps[1].warnings[0]
+    assert found.steps[1].kind is None and "2 processes" in found.steps[1].warnings[1]
+
+
+@pytest.mark.parametrize("step", ["data_parallel", "pipeline_parallel", "kv_cache", "offload"])
+def test_steps_that_cannot_make_a_request_faster_are_said_not_to(step: str) -> None:
+    found = plan_of(recipe(step, measure={"latency": {"batch_sizes": [2]}}))
+    assert found.steps[1].warnings[0].startswith("no gain expected in time per token: ")
+
+
+def test_what_has_no_law_is_said_not_to_be_predicted_once() -> None:
+    found = plan_of(recipe({"magnitude": {"sparsity": 0.5}}, "sparse", {"dtype": {"dtype": "bfloat16"}}))
+    assert found.steps[2].warnings == ("times are not predicted: no law for sparse",) and not found.steps[3].warnings
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"), [({"bits": 8}, 8 * 68), ({"bits": 4, "group_size": 16}, 8 * 48), ({"keep_recent": 10**6}, 8 * 256)]
+)
+def test_a_packed_cache_is_planned_with_its_bytes(settings: dict[str, int], wanted: int) -> None:
+    whole, packed = plan_of(recipe({"kv_cache": settings})).steps
+    assert packed.cache_bytes == pytest.approx(whole.cache_bytes * wanted / (8 * 256), rel=1e-3)
+    assert packed.serving_bytes - whole.serving_bytes == packed.cache_bytes - whole.cache_bytes
 
 
 def test_the_kind_follows_the_layers_and_the_engine(tiny_llama: Any) -> None:
