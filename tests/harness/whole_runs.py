@@ -54,11 +54,11 @@ class Runs:
         return max((self.out / self._name).glob("[0-9]*"), default=None)
 
     def reached(self, stage: str, process: subprocess.Popen[str], seconds: float = 300) -> bool:
-        """Wait until a stage is finished; False where the process ended before."""
+        """Wait until a process works on a run in which a stage is finished, by it or before it; False where the process ended before."""
         end = time.monotonic() + seconds
         while process.poll() is None:
             folder = self.folder()
-            if folder is not None and (folder / "work" / f"{stage}.json").exists():
+            if folder is not None and (folder / "work" / f"{stage}.json").exists() and _has_open(process.pid, folder / "work" / "lock"):
                 return True
             assert time.monotonic() < end, f"{stage} was not reached within {seconds} s"
             time.sleep(0.01)
@@ -82,6 +82,13 @@ class Runs:
         assert folder is not None
         files.verify(folder)
         return folder
+
+
+def _has_open(process: int, path: Path) -> bool:
+    try:
+        return any(each.path == str(path) for each in psutil.Process(process).open_files())
+    except (psutil.Error, ProcessLookupError):
+        return False
 
 
 def workers_of(parent: int, within_s: float = 0.0) -> list[int]:
