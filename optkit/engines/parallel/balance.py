@@ -27,8 +27,9 @@ class Times(NamedTuple):
 
 @torch.inference_mode()
 def step_times(module: Any, rows: int = 32) -> Times:
-    """Return the least times of steps of one token for each of so many sequences: what else the machine does only adds to them.
+    """Return the times of a step of one token for each of so many sequences: of each part its usual share of a step, times the usual step.
 
+    What slows a whole step down for a while leaves the shares as they are, and what strikes one part is no usual share.
     Stages pay where batches are large, and there products count, not the reading of weights.
 
     Blocks of equal shape take equal time, so that one value is given for all of them: a cut must not follow what differs by chance.
@@ -37,7 +38,7 @@ def step_times(module: Any, rows: int = 32) -> Times:
     marks: list[float] = []
     handles = [listed[0].register_forward_pre_hook(lambda *_: marks.append(time.perf_counter()))]
     handles += [block.register_forward_hook(lambda *_: marks.append(time.perf_counter())) for block in listed]
-    engine, found = EagerEngine(module), []
+    engine, steps = EagerEngine(module), []
     vocabulary = int(module.config.vocab_size)
     try:
         tokens = engine.prefill(torch.arange(rows * _PROMPT).view(rows, _PROMPT) % vocabulary).argmax(-1)
@@ -46,12 +47,19 @@ def step_times(module: Any, rows: int = 32) -> Times:
             start = time.perf_counter()
             tokens = engine.step(tokens).argmax(-1)
             edges = [start, *marks, time.perf_counter()]
-            found.append([end - begin for begin, end in pairwise(edges)])
+            steps.append([end - begin for begin, end in pairwise(edges)])
     finally:
         for handle in handles:
             handle.remove()
-    first, *blocks, last = (min(column) for column in zip(*found, strict=True))
+    first, *blocks, last = usual(steps)
     return Times(first, shared([_shape(block) for block in listed], blocks), last)
+
+
+def usual(steps: Sequence[Sequence[float]]) -> list[float]:
+    """Return for each part of a step the median of its shares of the steps, times the median of the steps."""
+    whole = median(sum(step) for step in steps)
+    shares = zip(*([part / sum(step) for part in step] for step in steps), strict=True)
+    return [whole * median(share) for share in shares]
 
 
 def shared(shapes: Sequence[Hashable], times: Sequence[float]) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from optkit.core.errors import TransformError
-from optkit.engines.parallel.balance import Times, balanced, shared, step_times
+from optkit.engines.parallel.balance import Times, balanced, shared, step_times, usual
 from optkit.engines.parallel.stages import bounds_of
 
 SECONDS = st.floats(0.1, 10)
@@ -47,6 +47,13 @@ def test_times_are_measured_for_every_block(tiny_llama) -> None:
 
 def test_blocks_of_one_shape_have_one_time_and_others_their_own() -> None:
     assert shared(["wide", "wide", "narrow", "wide"], [4.0, 5.0, 1.0, 9.0]) == (5.0, 5.0, 1.0, 5.0)
+
+
+def test_neither_slow_spells_nor_one_lucky_part_change_the_shares_of_a_step() -> None:
+    step = [1.0, 4.0, 10.0]
+    slow, lucky = [3 * part for part in step], [1.0, 4.0, 8.0]
+    assert usual([step, slow, step, lucky, slow, slow, step]) == pytest.approx(step)
+    assert usual([slow, step, slow, slow, step]) == pytest.approx(slow)
 
 
 def test_the_measured_times_of_blocks_that_differ_are_not_mixed(tiny_llama) -> None:
