@@ -37,6 +37,10 @@ _NO_FASTER = {  # steps that never make one request faster, and what they do ins
     "data_parallel": "whole requests are shared out, and only batches profit",
     "pipeline_parallel": "a request passes all stages one after another, and only batches profit",
 }
+_NO_FASTER_ON_CPU = {
+    "llm_int8": "bitsandbytes has no kernel of its own for it on processors, and quantizes and takes outliers apart in Python",
+    "nf4": "the kernels of bitsandbytes for processors save memory, and take longer than products of floats",
+}
 _OWN_WAYS = {"offload", "ensemble", "draft", "adaptive", "kv_cache", "prompt_lookup", "sparse", "bucketing"}
 # Layers by the law that they follow; "": that of the floats around them.
 _PACKED: dict[type, str] = {Int8Linear: "int8", W8A8Linear: "int8", Int8Embedding: "", Int4Linear: "int4"}
@@ -63,12 +67,12 @@ def plan_of(recipe: Recipe, trust_remote_code: bool = False) -> PlanReport:
     outline = outline_of(recipe, trust_remote_code)
     if outline.kind != "causal-lm":
         meter = meter.model_copy(update={"prompt_tokens": task_for(recipe, outline.kind).item_positions or _POSITIONS})
-    steps = [_planned("baseline", None, outline, laws, meter, None)]
+    steps = [_planned(None, outline, laws, meter, None, recipe.device)]
     for step in recipe.transforms:
         with torch.device("meta"):
             step.check(Plan(outline, tuple(meter.batch_sizes), threads))
             outline = step.preview(outline)
-        steps.append(_planned(step.step().name, step, outline, laws, meter, steps[-1]))
+        steps.append(_planned(step, outline, laws, meter, steps[-1], recipe.device))
     missing = sorted({step.kind for step in steps if step.kind is not None and step.kind not in laws})
     told = [f"no law of this machine is known for {kind} with {threads} threads: optkit law --kind {kind}" for kind in missing]
     return PlanReport(recipe.name, threads, meter.batch_sizes[0], tuple(steps), tuple(told))
@@ -107,7 +111,7 @@ def _lawful(subject: Subject) -> tuple[str | None, str]:
 
 
 def _planned(
-    name: str, step: Transform | None, outline: Subject, laws: dict[str, Law], meter: Latency, before: PlannedStep | None
+    step: Transform | None, outline: Subject, laws: dict[str, Law], meter: Latency, before: PlannedStep | None, device: str
 ) -> PlannedStep:
     module, batch = outline.module, meter.batch_sizes[0]
     stored = sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(module).values())
@@ -123,7 +127,7 @@ def _planned(
     law = laws.get(kind) if kind else None
     serving = stored + cache + _RUNTIME_BYTES + _activations(module, max(piece.batch * piece.tokens for piece in pieces))
     found = PlannedStep(
-        name=name,
+        name=step.step().name if step else "baseline",
         kind=kind,
         stored_bytes=stored,
         token_bytes=weight_bytes_per_token(module),
@@ -136,7 +140,7 @@ def _planned(
         unlawful=unlawful,
         terms=law.terms(later if generates else first[0]) if law else {},
     )
-    return replace(found, warnings=tuple(_warnings(step, outline, found, before, law)))
+    return replace(found, warnings=tuple(_warnings(step, outline, found, before, law, device)))
 
 
 def _pieces(subject: Subject, batch: int, prompt: int, shared: int, only_last: bool) -> list[Forward]:
@@ -170,13 +174,16 @@ def _activations(module: torch.nn.Module, rows: int) -> int:
     return 4 * rows * 6 * max((layer.out_features for layer in linears), default=1)
 
 
-def _warnings(step: Transform | None, outline: Subject, found: PlannedStep, before: PlannedStep | None, law: Law | None) -> list[str]:
+def _warnings(
+    step: Transform | None, outline: Subject, found: PlannedStep, before: PlannedStep | None, law: Law | None, device: str
+) -> list[str]:
     if step is None or before is None:
         return []
     told = []
     each = "token" if outline.kind in GENERATING else "item"
-    if step.step().name in _NO_FASTER:
-        told.append(f"no gain expected in time per {each}: {_NO_FASTER[step.step().name]}")
+    no_faster = _NO_FASTER | (_NO_FASTER_ON_CPU if device == "cpu" else {})
+    if step.step().name in no_faster:
+        told.append(f"no gain expected in time per {each}: {no_faster[step.step().name]}")
     if step.step().execution == "simulated":
         told.append("mask only: zeros are stored and multiplied like any other number; no gain in speed or size")
     elif outline.mesh.size > 1:

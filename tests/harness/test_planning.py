@@ -80,7 +80,7 @@ def test_what_several_processes_serve_has_no_law() -> None:
     assert found.steps[1].kind is None and "2 processes" in found.steps[1].warnings[1]
 
 
-@pytest.mark.parametrize("step", ["data_parallel", "pipeline_parallel", "kv_cache", "offload"])
+@pytest.mark.parametrize("step", ["data_parallel", "pipeline_parallel", "kv_cache", "offload", "nf4", "llm_int8"])
 def test_steps_that_cannot_make_a_request_faster_are_said_not_to(step: str) -> None:
     found = plan_of(recipe(step, measure={"latency": {"batch_sizes": [2]}}))
     assert found.steps[1].warnings[0].startswith("no gain expected in time per token: ")
