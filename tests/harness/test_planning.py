@@ -86,6 +86,11 @@ def test_steps_that_cannot_make_a_request_faster_are_said_not_to(step: str) -> N
     assert found.steps[1].warnings[0].startswith("no gain expected in time per token: ")
 
 
+def test_what_is_slow_on_processors_alone_is_not_said_of_a_gpu() -> None:
+    found = plan_of(recipe("nf4", device="cuda"))
+    assert not any("no gain expected" in warning for warning in found.steps[1].warnings)
+
+
 def test_what_has_no_law_is_said_not_to_be_predicted_once() -> None:
     found = plan_of(recipe({"magnitude": {"sparsity": 0.5}}, "sparse", {"dtype": {"dtype": "bfloat16"}}))
     assert found.steps[2].warnings == ("times are not predicted: no law for sparse",) and not found.steps[3].warnings
